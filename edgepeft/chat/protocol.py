@@ -1,0 +1,143 @@
+"""The JSON lines between a front end and an inference process: requests on its stdin, replies on its stdout.
+
+Every request carries an id, and every reply the id it answers. The process answers one request at a time; `Cancel` may
+arrive while it works.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class AdapterUse(msgspec.Struct, frozen=True):
+    """An adapter and its strength."""
+
+    folder: str
+    """Absolute path of a folder with adapter_config.json and adapter_model.safetensors."""
+    scale: float = 1.0
+    """1 is as trained, 0 is off."""
+
+
+class Sampling(msgspec.Struct, frozen=True):
+    """How the next token is drawn."""
+
+    temperature: float = 0.7
+    """0 takes the likeliest token."""
+    top_p: float = 0.95
+    """Draw from the smallest set of tokens that holds this share of the probability."""
+    top_k: int = 0
+    """Draw from this many likeliest tokens; 0 means all."""
+    min_p: float = 0.0
+    """Leave out tokens below this share of the likeliest one's probability."""
+    repetition_penalty: float = 1.0
+    """Divide positive logits of tokens that already occurred (Keskar et al. 2019, arXiv 1909.05858)."""
+    max_new_tokens: int = 512
+    seed: int | None = None
+
+
+class _Request(msgspec.Struct, frozen=True, tag_field="type", kw_only=True):
+    id: int
+
+
+class Generate(_Request, frozen=True, tag="generate"):
+    """Answer one prompt, streaming."""
+
+    prompt_ids: list[int]
+    """Token ids of the rendered conversation."""
+    stop_ids: list[int]
+    sampling: Sampling = Sampling()
+    adapters: list[AdapterUse] = []
+    """Active adapters; empty means the base alone."""
+
+
+class GenerateBatch(_Request, frozen=True, tag="generate_batch"):
+    """Answer many prompts greedily or by sampling, as a batch; replies with one `Answer` each."""
+
+    prompts: list[list[int]]
+    stop_ids: list[int]
+    sampling: Sampling = Sampling(temperature=0.0)
+    adapters: list[AdapterUse] = []
+    batch_size: int = 16
+
+
+class ScoreLoss(_Request, frozen=True, tag="score_loss"):
+    """Mean loss over the masked tokens of samples."""
+
+    samples: list[tuple[list[int], list[bool]]]
+    """(token ids, trained mask) each."""
+    adapters: list[AdapterUse] = []
+
+
+class Cancel(_Request, frozen=True, tag="cancel"):
+    """Stop the answer with this id."""
+
+
+class Quit(_Request, frozen=True, tag="quit"):
+    """End the process."""
+
+
+Request = Generate | GenerateBatch | ScoreLoss | Cancel | Quit
+
+
+class _Reply(msgspec.Struct, frozen=True, tag_field="type", kw_only=True):
+    id: int
+
+
+class Ready(_Reply, frozen=True, tag="ready"):
+    """The base is loaded; id 0."""
+
+    device: str
+    precision: str
+    live_bytes: int
+    """Live tensor bytes of the base."""
+    load_seconds: float
+
+
+class Loading(_Reply, frozen=True, tag="loading"):
+    """Progress before `Ready`; id 0."""
+
+    what: str
+    fraction: float | None = None
+
+
+class Token(_Reply, frozen=True, tag="token"):
+    """The next tokens of an answer; the reader detokenizes."""
+
+    ids: list[int]
+
+
+class Answer(_Reply, frozen=True, tag="answer"):
+    """An answer ended."""
+
+    index: int = 0
+    """Position in a batch."""
+    ids: list[int]
+    """All its tokens, without the stop token."""
+    stopped_by: str
+    """`stop`, `length`, `context` or `cancelled`."""
+    prompt_tokens: int
+    prefill_seconds: float
+    tokens_per_second: float
+
+
+class LossScored(_Reply, frozen=True, tag="loss"):
+    """The answer to `ScoreLoss`."""
+
+    mean_loss: float
+    trained_tokens: int
+    losses: list[float]
+    """Mean loss of each sample."""
+
+
+class Done(_Reply, frozen=True, tag="done"):
+    """Every answer of a batch was sent."""
+
+
+class Trouble(_Reply, frozen=True, tag="trouble"):
+    """The request could not be served; id 0 means that the process ends."""
+
+    message: str
+    exit_code: int
+
+
+Reply = Ready | Loading | Token | Answer | LossScored | Done | Trouble

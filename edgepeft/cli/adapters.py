@@ -1,0 +1,10 @@
+"""Commands: adapters."""
+
+import typer
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.callback()
+def group() -> None:
+    """adapters."""

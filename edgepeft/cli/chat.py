@@ -1,0 +1,5 @@
+"""Command: chat."""
+
+
+def chat() -> None:
+    """chat."""

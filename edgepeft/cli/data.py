@@ -1,0 +1,10 @@
+"""Commands: data."""
+
+import typer
+
+app = typer.Typer(no_args_is_help=True)
+
+
+@app.callback()
+def group() -> None:
+    """data."""

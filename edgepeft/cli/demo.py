@@ -1,0 +1,5 @@
+"""Command: demo."""
+
+
+def demo() -> None:
+    """demo."""

@@ -1,0 +1,5 @@
+"""Command: doctor."""
+
+
+def doctor() -> None:
+    """doctor."""

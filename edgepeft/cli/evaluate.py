@@ -1,0 +1,5 @@
+"""Command: evaluate."""
+
+
+def evaluate() -> None:
+    """evaluate."""

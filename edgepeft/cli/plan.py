@@ -1,0 +1,5 @@
+"""Command: plan."""
+
+
+def plan() -> None:
+    """plan."""

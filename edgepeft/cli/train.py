@@ -1,0 +1,5 @@
+"""Command: train."""
+
+
+def train() -> None:
+    """train."""

@@ -1,0 +1,1 @@
+"""What the model reads: formats, chat templates, loss masks, packing, statistics."""

@@ -1,0 +1,1 @@
+"""The alert-triage task: its generator and the guided tour."""

@@ -1,0 +1,1 @@
+"""Generation, adapter swapping and scoring."""

@@ -1,0 +1,1 @@
+"""Base models in memory: loading, quantizing, frozen weights."""

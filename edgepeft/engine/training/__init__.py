@@ -1,0 +1,1 @@
+"""The training loop: batches, attention, loss, checkpoints, measured memory."""

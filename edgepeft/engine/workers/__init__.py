@@ -1,0 +1,1 @@
+"""Process entry points: python -m edgepeft.engine.workers.NAME."""

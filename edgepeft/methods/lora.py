@@ -1,0 +1,82 @@
+"""LoRA: a low-rank update beside each frozen linear layer.
+
+Hu et al. 2021, *LoRA: Low-Rank Adaptation of Large Language Models* (arXiv 2106.09685). A linear layer `x Wᵀ` becomes
+`x Wᵀ + s (x Aᵀ) Bᵀ` with A of shape [rank, in], B of shape [out, rank] and s = alpha / rank, or alpha / √rank with
+rank-stabilised scaling (Kalajdzievski 2023, arXiv 2312.03732). B starts at zero, so training starts from the base.
+"""
+
+from __future__ import annotations
+
+import math
+
+import msgspec
+
+from edgepeft.errors import UsageError
+from edgepeft.models.shape import LinearShape, ModelShape
+
+
+class LoraConfig(msgspec.Struct, frozen=True, tag="lora", forbid_unknown_fields=True):
+    """What decides a LoRA adapter."""
+
+    rank: int = 16
+    """Inner dimension r of the update; memory grows linearly with it, quality flattens early."""
+    alpha: float = 32.0
+    """The update is scaled by alpha / r."""
+    targets: tuple[str, ...] = ("all-linear",)
+    """Module names (or their endings) that get an update; `all-linear` stands for every linear of every decoder layer."""
+    dropout: float = 0.0
+    """Share of the update's input entries that are zeroed in training."""
+    rank_stabilised: bool = False
+    """Scale by alpha / √r instead of alpha / r."""
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise UsageError(f"a LoRA rank of {self.rank} is not possible", where="rank", hint="Use 4 to 128")
+        if not 0 <= self.dropout < 1:
+            raise UsageError(f"a dropout of {self.dropout} is not possible", where="dropout", hint="Use 0 to 0.5")
+        if not math.isfinite(self.alpha) or self.alpha == 0:
+            raise UsageError(f"an alpha of {self.alpha} is not possible", where="alpha", hint="Twice the rank is usual")
+        if not self.targets:
+            raise UsageError("no target module is named", where="targets", hint="Use all-linear for every linear layer")
+
+    @property
+    def scale(self) -> float:
+        """The factor s of the update."""
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
+
+PAPER = "arXiv 2106.09685"
+PEFT_TYPE = "LORA"
+ADDS = "a low-rank product beside each linear layer"
+MERGES = True
+
+
+def targeted(config: LoraConfig, shape: ModelShape) -> tuple[LinearShape, ...]:
+    """The linears of one decoder layer that get an update.
+
+    Raises:
+        UsageError: a target matches no linear, or the rank exceeds a targeted dimension.
+    """
+    chosen: list[LinearShape] = []
+    for target in config.targets:
+        matches = [
+            linear
+            for linear in shape.linears
+            if target == "all-linear" or linear.name == target or linear.name.endswith(f".{target}")
+        ]
+        if not matches:
+            known = ", ".join(sorted({linear.name.rsplit(".", 1)[-1] for linear in shape.linears}))
+            raise UsageError(f"target {target!r} matches no linear layer of this model", where="targets", hint=f"It has: {known}")
+        chosen += [linear for linear in matches if linear not in chosen]
+    smallest = min(min(linear.in_features, linear.out_features) for linear in chosen)
+    if config.rank > smallest:
+        raise UsageError(
+            f"rank {config.rank} exceeds the smallest targeted dimension {smallest}", where="rank", hint=f"Use at most {smallest}"
+        )
+    return tuple(linear for linear in shape.linears if linear in chosen)
+
+
+def count_parameters(config: LoraConfig, shape: ModelShape) -> int:
+    """Trainable entries of the whole model: r · (in + out) for each targeted linear."""
+    per_layer = sum(config.rank * (linear.in_features + linear.out_features) for linear in targeted(config, shape))
+    return shape.layers * per_layer

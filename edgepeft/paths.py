@@ -1,0 +1,159 @@
+"""Where things lie, and how a file is written so that a crash never leaves half of it.
+
+Everything lies under `EDGEPEFT_HOME` when that is set, else in the places that platformdirs names for this system.
+Nothing here creates a folder until something is written into it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+
+from edgepeft.errors import DiskProblem, UsageError
+
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+
+
+class Home(msgspec.Struct, frozen=True):
+    """The folders of one installation."""
+
+    models: Path
+    """Base models: one folder each."""
+    adapters: Path
+    """The adapter library: NAME/v1, NAME/v2, …"""
+    runs: Path
+    """One folder for each training run."""
+    cache: Path
+    """What can be deleted at any time and is made again when needed."""
+    config_file: Path
+    """The user's settings, TOML."""
+    profiles: Path
+    """The user's own hardware profiles and presets; they override shipped ones of the same id."""
+
+
+def home() -> Home:
+    """The folders in force now; the environment is read at each call."""
+    root = os.environ.get("EDGEPEFT_HOME")
+    if root:
+        base = Path(root).expanduser().absolute()
+        return Home(
+            models=base / "models",
+            adapters=base / "adapters",
+            runs=base / "runs",
+            cache=base / "cache",
+            config_file=base / "config.toml",
+            profiles=base / "profiles",
+        )
+    from platformdirs import PlatformDirs
+
+    dirs = PlatformDirs("edgepeft", appauthor=False)
+    data = Path(dirs.user_data_dir)
+    return Home(
+        models=data / "models",
+        adapters=data / "adapters",
+        runs=data / "runs",
+        cache=Path(dirs.user_cache_dir),
+        config_file=Path(dirs.user_config_dir) / "config.toml",
+        profiles=Path(dirs.user_config_dir) / "profiles",
+    )
+
+
+def builtin_profiles() -> Path:
+    """The shipped profiles: inside the installed package, or the checkout's own folder in an editable install."""
+    package = Path(__file__).parent
+    packed = package / "_profiles"
+    return packed if packed.is_dir() else package.parent / "profiles"
+
+
+def check_name(name: str, *, where: str = "--name") -> str:
+    """Returns `name` when it can name a model, an adapter or a run.
+
+    Raises:
+        UsageError: it does not match `[a-z0-9][a-z0-9._-]{0,63}`.
+    """
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{name!r} cannot be used as a name",
+            where=where,
+            hint="Use 1 to 64 characters of a-z, 0-9, dot, dash and underscore, beginning with a letter or a digit",
+        )
+    return name
+
+
+def as_name(text: str) -> str:
+    """The nearest valid name to `text`, for defaults: `Llama-3.2 1B` becomes `llama-3.2-1b`."""
+    name = re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._")[:64]
+    return name or "model"
+
+
+@contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turns the system's errors about `path` into a `DiskProblem` that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskProblem("the disk is full", where=str(path), hint="Free some space, or set EDGEPEFT_HOME to another disk") from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise DiskProblem("no permission to write here", where=str(path), hint="Change the permissions, or set EDGEPEFT_HOME to a folder of yours") from error
+        if error.errno in (errno.EIO, errno.ENODEV, errno.ENXIO):
+            raise DiskProblem(f"the disk does not answer: {error.strerror}", where=str(path), hint="Check the medium, or set EDGEPEFT_HOME to another disk") from error
+        raise
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to; on success it is fsynced and renamed, on failure removed.
+
+    Raises:
+        DiskProblem: the disk is full, or may not be written.
+    """
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        os.close(handle)
+        temporary = Path(name)
+        try:
+            yield temporary
+            # Windows flushes only descriptors that are open for writing.
+            with temporary.open("rb+") as written:
+                os.fsync(written.fileno())
+            temporary.chmod(0o666 & ~_umask())
+            temporary.replace(path)
+            sync_folder(path.parent)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, content: bytes | str) -> None:
+    """Writes a whole file so that a reader sees the old one or the new one, never a part.
+
+    Raises:
+        DiskProblem: the disk is full, or may not be written.
+    """
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes a rename in `folder` survive a power cut, where the system can."""
+    if os.name == "nt":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

@@ -1,0 +1,1 @@
+"""Which run fits, and why each of its values was chosen."""

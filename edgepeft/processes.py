@@ -1,0 +1,75 @@
+"""How the light side starts the engine: by a child process with an environment made for it, never by an import."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+_WORKERS = "edgepeft.engine.workers"
+
+
+def worker_environment(device: str = "cpu") -> dict[str, str]:
+    """The environment of an engine process: offline, quiet, one card, an allocator that does not fragment.
+
+    Args:
+        device: `cpu`, or the UUID of the one card that the process may see.
+    """
+    environment = dict(os.environ)
+    environment.update(
+        HF_HUB_OFFLINE="1",
+        TRANSFORMERS_OFFLINE="1",
+        HF_DATASETS_OFFLINE="1",
+        HF_HUB_DISABLE_TELEMETRY="1",
+        DO_NOT_TRACK="1",
+        TRANSFORMERS_VERBOSITY="error",
+        TOKENIZERS_PARALLELISM="false",
+        CUDA_DEVICE_ORDER="PCI_BUS_ID",
+        PYTHONUNBUFFERED="1",
+        PYTHONUTF8="1",
+    )
+    environment["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else device
+    if os.name != "nt":
+        environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    return environment
+
+
+def worker_command(name: str, arguments: Sequence[str]) -> list[str]:
+    """The command line of worker NAME."""
+    return [sys.executable, "-m", f"{_WORKERS}.{name}", *arguments]
+
+
+def start_worker(
+    name: str,
+    arguments: Sequence[str],
+    *,
+    device: str = "cpu",
+    detached: bool = False,
+    stdin: int | IO[Any] | None = subprocess.DEVNULL,
+    stdout: int | IO[Any] | None = None,
+    stderr: int | IO[Any] | None = None,
+    cwd: Path | None = None,
+) -> subprocess.Popen[bytes]:
+    """Starts `python -m edgepeft.engine.workers.NAME ARGUMENTS…`.
+
+    A detached worker has a session (on Windows a process group) of its own: neither Ctrl-C at the terminal nor the end
+    of its parent reaches it.
+    """
+    options: dict[str, Any] = {}
+    if detached and os.name == "nt":
+        options["creationflags"] = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0) | getattr(subprocess, "CREATE_NO_WINDOW", 0)
+    elif detached:
+        options["start_new_session"] = True
+    return subprocess.Popen(
+        worker_command(name, arguments),
+        stdin=stdin,
+        stdout=stdout,
+        stderr=stderr,
+        cwd=cwd,
+        env=worker_environment(device),
+        close_fds=True,
+        **options,
+    )

@@ -1,0 +1,1 @@
+"""A run as files: layout, events, launching, following, state."""

@@ -1,0 +1,177 @@
+"""What a training process says, one JSON object a line in `events.jsonl`.
+
+The first line is `Started`, with the schema version. Readers skip types they do not know.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import msgspec
+
+from edgepeft.memory.breakdown import Category
+
+SCHEMA = 1
+
+
+class _Event(msgspec.Struct, frozen=True, tag_field="type", omit_defaults=True, kw_only=True):
+    time: float = 0.0
+    """Seconds since 1970, set when it is written."""
+
+
+class Started(_Event, frozen=True, tag="started"):
+    """A worker took the run; later steps than `step` seen before are void."""
+
+    schema: int = SCHEMA
+    step: int = 0
+    """Optimizer steps already done."""
+    steps: int
+    """Steps of the whole run."""
+    device: str
+    """Name of the device."""
+    versions: dict[str, str]
+    """Package → version."""
+
+
+class PhaseChanged(_Event, frozen=True, tag="phase"):
+    """What the worker does now."""
+
+    name: Literal["load", "data", "train", "evaluate", "save"]
+    detail: str = ""
+    fraction: float | None = None
+    """Done share of the phase, where it is known."""
+
+
+class StepDone(_Event, frozen=True, tag="step"):
+    """One optimizer step."""
+
+    step: int
+    """Counted from 1."""
+    loss: float
+    """Mean over the step's trained tokens, natural logarithm."""
+    learning_rate: float
+    grad_norm: float
+    """Before clipping."""
+    tokens: int
+    """Tokens that went through the model in this step."""
+    trained_tokens: int
+    seconds: float
+    tokens_per_second: float
+    """`tokens` / `seconds`."""
+    live_bytes: int | None = None
+    """Live tensor bytes, base included, after the step."""
+    peak_bytes: int | None = None
+    """Highest measured so far in this process."""
+    eta_seconds: float | None = None
+
+
+class Evaluated(_Event, frozen=True, tag="eval"):
+    """Loss on held-out samples."""
+
+    step: int
+    loss: float
+    samples: int
+    trained_tokens: int
+    best: bool = False
+
+
+class SampleGenerated(_Event, frozen=True, tag="sample"):
+    """An answer given during training."""
+
+    step: int
+    prompt: str
+    answer: str
+
+
+class MemoryMeasured(_Event, frozen=True, tag="memory"):
+    """A new measured peak."""
+
+    step: int
+    phase: Literal["load", "train step", "evaluation", "save"]
+    live_bytes: int
+    peak_bytes: int
+    reserved_bytes: int | None = None
+    """What the CUDA allocator holds; None on the CPU."""
+    rss_bytes: int | None = None
+    """Anonymous and shared resident bytes of the process."""
+    by_category: dict[Category, int] = {}
+
+
+class CheckpointSaved(_Event, frozen=True, tag="checkpoint"):
+    """The run can be resumed from here."""
+
+    step: int
+    path: str
+    """Relative to the run folder."""
+
+
+class Warned(_Event, frozen=True, tag="warning"):
+    """Something a person should know."""
+
+    message: str
+    step: int | None = None
+
+
+class OutOfMemoryHit(_Event, frozen=True, tag="oom"):
+    """Memory ran out inside a step or an evaluation."""
+
+    step: int
+    phase: Literal["load", "train step", "evaluation", "save"]
+    micro_batch_tokens: int
+    message: str = ""
+
+
+class Recovered(_Event, frozen=True, tag="recovered"):
+    """The same step goes on with a smaller layout."""
+
+    step: int
+    what: str
+    """What changed, in words."""
+    micro_batch_tokens: int
+    checkpointing: str
+
+
+class Finished(_Event, frozen=True, tag="finished"):
+    """The adapter is written."""
+
+    step: int
+    adapter: str
+    """Path of the adapter, relative to the run folder."""
+    stopped: bool = False
+    """True when the user stopped it before the last step."""
+    train_seconds: float
+    """Time spent in training steps, all processes of the run together."""
+    tokens_per_second: float
+    predicted_peak_bytes: int
+    measured_peak_bytes: int
+    train_loss: float | None = None
+    eval_loss: float | None = None
+    published: str = ""
+    """`NAME@vK` in the adapter library; empty when nothing was published."""
+
+
+class Failed(_Event, frozen=True, tag="failed"):
+    """The run ended without an adapter; it may be resumed from its last checkpoint."""
+
+    message: str
+    """One line for a person."""
+    exit_code: int
+    step: int = 0
+    traceback: str = ""
+    """For bugs of ours only."""
+
+
+Event = (
+    Started
+    | PhaseChanged
+    | StepDone
+    | Evaluated
+    | SampleGenerated
+    | MemoryMeasured
+    | CheckpointSaved
+    | Warned
+    | OutOfMemoryHit
+    | Recovered
+    | Finished
+    | Failed
+)

@@ -1,0 +1,67 @@
+"""The user's settings in config.toml. A value comes from default < preset < config.toml < environment < option."""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from typing import Any
+
+import msgspec
+
+from edgepeft.errors import BadInput, UsageError
+from edgepeft.paths import home, write_atomic
+
+
+class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """Every key of config.toml, with its default."""
+
+    budget: str | None = None
+    """Memory a run may use, such as 20GiB; None uses what is free, less a margin."""
+    gpu: str | None = None
+    """Card to plan and train on: a profile id, or a UUID as `doctor` shows it; `cpu` for none."""
+    intent: str | None = None
+    """Preset: quality, balanced, speed or prototype."""
+    theme: str | None = None
+    """Theme of the terminal UI."""
+
+
+_ENVIRONMENT = {name: f"EDGEPEFT_{name.upper()}" for name in Settings.__struct_fields__}
+
+
+def stored_settings() -> Settings:
+    """What config.toml says.
+
+    Raises:
+        BadInput: it is not TOML, has an unknown key or a value of the wrong type.
+    """
+    path = home().config_file
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return Settings()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"cannot be read: {error}", where=str(path)) from error
+    try:
+        return msgspec.convert(tomllib.loads(text), Settings)
+    except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
+        raise BadInput(f"not valid settings: {error}", where=str(path), hint="Known keys: " + ", ".join(_ENVIRONMENT)) from error
+
+
+def settings() -> Settings:
+    """The settings in force: config.toml, overridden by EDGEPEFT_BUDGET, EDGEPEFT_GPU and so on."""
+    found = {name: os.environ[variable] for name, variable in _ENVIRONMENT.items() if os.environ.get(variable)}
+    return msgspec.structs.replace(stored_settings(), **found)
+
+
+def store_setting(key: str, value: str | None) -> None:
+    """Writes one key to config.toml; None removes it.
+
+    Raises:
+        UsageError: the key is not known.
+    """
+    if key not in _ENVIRONMENT:
+        raise UsageError(f"unknown setting {key!r}", where="config", hint="Known: " + ", ".join(_ENVIRONMENT))
+    import tomli_w
+
+    changed: dict[str, Any] = msgspec.to_builtins(msgspec.structs.replace(stored_settings(), **{key: value}))
+    write_atomic(home().config_file, tomli_w.dumps({name: kept for name, kept in changed.items() if kept is not None}))

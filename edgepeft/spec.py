@@ -1,0 +1,145 @@
+"""A run, fully said: the recipe that decides the result and the layout that decides only how it is executed.
+
+An optimizer step is a fixed list of samples. Packing that list into micro-batches is a pure function of the list and the
+layout, and the loss is normalised by the step's trained tokens, so a layout may change in the middle of a run (after an
+out-of-memory, on resume, on another machine) without changing what is learned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Literal
+
+import msgspec
+
+from edgepeft.methods import MethodConfig
+
+Precision = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
+"""How the frozen base is held. nf4 is NormalFloat-4 with double quantization (Dettmers et al. 2023, arXiv 2305.14314)."""
+ComputeDtype = Literal["fp32", "bf16", "fp16"]
+Overlong = Literal["truncate", "drop"]
+TrainOn = Literal["assistant", "all"]
+Checkpointing = Literal["layer", "none"]
+
+
+class BaseRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which base model."""
+
+    model: str
+    """Name in the model store."""
+    fingerprint: str
+    """`sha256:…` over the source weights; two stores that agree in it hold the same base."""
+    architecture: str
+    """Class name in transformers."""
+
+
+class DataRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which data, and how it is read."""
+
+    path: str
+    """The training file, absolute."""
+    fingerprint: str
+    """`sha256:…` of the file's bytes."""
+    format: str
+    """alpaca, sharegpt, messages, prompt-completion or text."""
+    columns: dict[str, str] = {}
+    """The format's field → the file's column, where they differ."""
+    train_on: TrainOn = "assistant"
+    """Which tokens carry loss; `assistant` includes tool calls and the end-of-turn token."""
+    system: str | None = None
+    """A system message put before records that have none."""
+    eval_path: str | None = None
+    """A separate held-out file; None splits `eval_fraction` off the training file."""
+    eval_fingerprint: str | None = None
+    """`sha256:…` of the held-out file."""
+    eval_fraction: float = 0.05
+    """Share of the samples held out when there is no `eval_path`; 0 trains on everything."""
+
+
+class Optimizer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with float32 states."""
+
+    name: Literal["adamw"] = "adamw"
+    learning_rate: float = 2e-4
+    """Peak rate, after warm-up."""
+    weight_decay: float = 0.0
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 switches it off."""
+
+
+class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Linear warm-up to the peak rate, then the named decay to `final_fraction` of it."""
+
+    name: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_fraction: float = 0.05
+    """Share of all steps spent warming up."""
+    final_fraction: float = 0.0
+    """Rate at the last step, as a share of the peak rate."""
+
+
+class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What decides the result of a run."""
+
+    base: BaseRef
+    data: DataRef
+    method: MethodConfig
+    precision: Precision
+    compute_dtype: ComputeDtype
+    max_seq_len: int
+    """Longest sample in tokens."""
+    samples_per_step: int
+    """Samples of one optimizer step."""
+    overlong: Overlong = "truncate"
+    """What happens to longer samples."""
+    epochs: float = 1.0
+    """Passes over the training samples; `max_steps` may end earlier."""
+    max_steps: int | None = None
+    """Optimizer steps at the most."""
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    seed: int = 0
+
+    def digest(self) -> str:
+        """`sha256:…` of the recipe's canonical JSON; a checkpoint resumes only under the recipe it was made with."""
+        return "sha256:" + hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()
+
+
+class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How a run is executed; changing it changes memory and speed, never the result."""
+
+    micro_batch_tokens: int
+    """Token cap of one packed micro-batch; a single longer sample still forms its own micro-batch."""
+    checkpointing: Checkpointing = "layer"
+    """`layer` keeps each decoder layer's input and recomputes the rest in backward."""
+    loss_chunk_tokens: int = 256
+    """Rows of hidden states whose logits exist at one time."""
+
+
+class Upkeep(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a run does beside learning."""
+
+    eval_every_steps: int = 0
+    """Steps between evaluations; 0 evaluates at the end only."""
+    eval_max_samples: int = 200
+    """Held-out samples used for one evaluation at the most."""
+    checkpoint_seconds: float = 120.0
+    """Time between checkpoints."""
+    checkpoint_steps: int = 0
+    """Steps between checkpoints; 0 leaves it to `checkpoint_seconds`."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints that are kept."""
+
+
+class RunSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What memory estimates and the engine executes."""
+
+    recipe: Recipe
+    layout: Layout
+    upkeep: Upkeep = Upkeep()
+    device: str = "cpu"
+    """`cpu`, or the UUID of a card as NVML tells it."""
+    budget_bytes: int | None = None
+    """Memory that the run may use at its peak; on the CPU, live tensor bytes including the base."""
