@@ -1,0 +1,45 @@
+"""Every test gets a home of its own and no network."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tiny import write_alpaca, write_tiny_model
+
+
+@pytest.fixture(autouse=True)
+def edgepeft_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty EDGEPEFT_HOME."""
+    folder = tmp_path_factory.mktemp("home")
+    monkeypatch.setenv("EDGEPEFT_HOME", str(folder))
+    for name in ("EDGEPEFT_BUDGET", "EDGEPEFT_GPU", "EDGEPEFT_INTENT", "EDGEPEFT_DEBUG"):
+        monkeypatch.delenv(name, raising=False)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    connect = socket.socket.connect
+
+    def refuse(self: socket.socket, address: object) -> None:
+        if self.family in (socket.AF_INET, socket.AF_INET6):
+            raise AssertionError(f"a test tried to connect to {address}")
+        connect(self, address)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    yield
+
+
+@pytest.fixture
+def tiny_model(tmp_path: Path) -> Path:
+    """A model folder as one downloads it."""
+    return write_tiny_model(tmp_path / "tiny-model")
+
+
+@pytest.fixture
+def alpaca_file(tmp_path: Path) -> Path:
+    """A small data file of good records."""
+    return write_alpaca(tmp_path / "alpaca.jsonl")
