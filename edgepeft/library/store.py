@@ -1,0 +1,394 @@
+"""The adapter library: `adapters/NAME/vK`, each version complete and never changed once it is there.
+
+A version is made beside its final place and renamed into it, so a reader sees all of it or nothing. Version numbers are
+never used twice, also not after a removal: `audit.jsonl` beside the versions remembers them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from edgepeft.errors import BadInput, EdgepeftError
+from edgepeft.library.card import CARD_FILE, Card
+from edgepeft.library.tensors import dimensions_differ, read_header, shape_mismatch
+from edgepeft.paths import check_name, disk_errors, home, sync_folder, write_atomic
+
+if TYPE_CHECKING:
+    from edgepeft.models.store import ModelEntry
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+AUDIT_FILE = "audit.jsonl"
+_VERSION = re.compile(r"v([1-9]\d{0,8})")
+_REFERENCE = re.compile(r"([a-z0-9][a-z0-9._-]{0,63})(?:@v?([1-9]\d{0,8}))?")
+
+
+class AdapterFolder(msgspec.Struct, frozen=True):
+    """One adapter on disk."""
+
+    path: Path
+    """Absolute folder with adapter_config.json and adapter_model.safetensors."""
+    name: str | None
+    """Name in the library; None for a folder elsewhere."""
+    version: int | None
+    card: Card | None
+    """None for adapters that PEFT or another tool wrote."""
+    config: dict[str, Any]
+    """adapter_config.json as it stands."""
+
+    @property
+    def reference(self) -> str:
+        """`NAME@vK`, or the path of a folder outside the library."""
+        return f"{self.name}@v{self.version}" if self.name else str(self.path)
+
+    @property
+    def weights(self) -> Path:
+        """The safetensors file."""
+        return self.path / WEIGHTS_FILE
+
+
+class AuditLine(msgspec.Struct, frozen=True):
+    """One line of audit.jsonl."""
+
+    time: str
+    """ISO 8601, UTC."""
+    user: str
+    action: str
+    """published, imported or removed."""
+    version: int
+    detail: str = ""
+
+
+class BrokenVersion(msgspec.Struct, frozen=True):
+    """A version folder that cannot be used."""
+
+    path: Path
+    why: str
+
+
+def resolve_adapter(reference: str) -> AdapterFolder:
+    """The adapter that `NAME` (its newest version), `NAME@v2` or a folder path means.
+
+    Raises:
+        BadInput: there is no such adapter, or its folder is not complete.
+    """
+    match = _REFERENCE.fullmatch(reference)
+    if match is not None:
+        name, wanted = match.groups()
+        versions = _versions(name)
+        if versions:
+            version = int(wanted) if wanted else versions[-1]
+            if version not in versions:
+                has = ", ".join(f"v{number}" for number in versions)
+                raise BadInput(f"adapter {name!r} has no v{version}", where=reference, hint=f"It has {has}")
+            return open_adapter(home().adapters / name / f"v{version}", name, version)
+    folder = Path(reference).expanduser()
+    if folder.is_dir():
+        return _open_outside(folder)
+    names = sorted({adapter.name for adapter in list_adapters() if adapter.name})
+    known = f"Known: {', '.join(names)}; or give a folder" if names else "The library is empty; give a folder"
+    raise BadInput(f"no adapter is called {reference!r}", where="adapter", hint=known)
+
+
+def open_adapter(folder: Path, name: str | None = None, version: int | None = None) -> AdapterFolder:
+    """Reads and checks the files of an adapter folder; the tensors themselves are not read.
+
+    Raises:
+        BadInput: a file is missing or damaged, or the weights are pickled.
+    """
+    config_file = folder / CONFIG_FILE
+    try:
+        config = msgspec.json.decode(config_file.read_bytes())
+    except FileNotFoundError:
+        raise BadInput(
+            f"has no {CONFIG_FILE}",
+            where=str(folder),
+            hint="Give the folder that PEFT or edgepeft saved the adapter into",
+        ) from None
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadInput(
+            f"cannot be read: {error}", where=str(config_file), hint="Copy it again from its source"
+        ) from error
+    if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
+        raise BadInput(
+            "does not name a peft_type", where=str(config_file), hint="Give a folder that PEFT saved"
+        )
+    if not (folder / WEIGHTS_FILE).is_file():
+        if (folder / "adapter_model.bin").exists():
+            raise BadInput(
+                "holds pickled weights, which can run code and are never read",
+                where=str(folder / "adapter_model.bin"),
+                hint="Save it again as safetensors where it was made",
+            )
+        raise BadInput(
+            f"has no {WEIGHTS_FILE}", where=str(folder), hint="Copy the whole folder again from its source"
+        )
+    read_header(folder / WEIGHTS_FILE)
+    return AdapterFolder(folder.absolute(), name, version, read_card(folder), config)
+
+
+def read_card(folder: Path) -> Card | None:
+    """The card of an adapter folder; None when it has none.
+
+    Raises:
+        BadInput: the card is damaged.
+    """
+    path = folder / CARD_FILE
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Card)
+    except FileNotFoundError:
+        return None
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError, EdgepeftError) as error:
+        raise BadInput(
+            f"is not a readable card: {error}",
+            where=str(path),
+            hint="Remove it to use the adapter as a plain PEFT folder",
+        ) from error
+
+
+def write_card(folder: Path, card: Card) -> None:
+    """Writes `card.json` into an adapter folder."""
+    write_atomic(folder / CARD_FILE, msgspec.json.format(msgspec.json.encode(card), indent=2) + b"\n")
+
+
+def list_adapters() -> list[AdapterFolder]:
+    """Every usable version in the library, by name and version."""
+    return scan_library()[0]
+
+
+def scan_library() -> tuple[list[AdapterFolder], list[BrokenVersion]]:
+    """Every version in the library: the usable ones, and the broken ones with the reason."""
+    usable: list[AdapterFolder] = []
+    broken: list[BrokenVersion] = []
+    root = home().adapters
+    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
+    for name in names:
+        for version in _versions(name):
+            folder = root / name / f"v{version}"
+            try:
+                usable.append(open_adapter(folder, name, version))
+            except BadInput as error:
+                broken.append(BrokenVersion(folder, str(error)))
+    return usable, broken
+
+
+def next_version(name: str) -> int:
+    """The number that the next version of `name` gets; numbers of removed versions are not used again."""
+    used = [*_versions(name), *(entry.version for entry in read_audit(name))]
+    return max(used, default=0) + 1
+
+
+def publish(folder: Path, name: str, card: Card) -> str:
+    """Copies a finished adapter into the library as its next version; `folder` stays as it is.
+
+    Args:
+        folder: holds adapter_config.json and adapter_model.safetensors.
+        name: library name.
+        card: its name and version are set here.
+
+    Returns:
+        `NAME@vK`.
+
+    Raises:
+        UsageError: `name` cannot be a name.
+        BadInput: the folder is not a complete adapter, or `name` is known over another base.
+        DiskProblem: the disk is full, or may not be written.
+    """
+    check_name(name)
+    check_same_base(name, card.base_fingerprint)
+    return _add(open_adapter(folder), name, card, "published", card.run)
+
+
+def import_adapter(folder: Path, name: str) -> str:
+    """Copies a PEFT folder from anywhere into the library as the next version of `name`; keeps its card when it has one.
+
+    Returns:
+        `NAME@vK`.
+
+    Raises:
+        UsageError: `name` cannot be a name.
+        BadInput: the folder is not a complete adapter, or belongs to another base than the versions of `name`.
+        DiskProblem: the disk is full, or may not be written.
+    """
+    check_name(name)
+    adapter = open_adapter(folder)
+    versions = _versions(name)
+    if adapter.card is not None:
+        check_same_base(name, adapter.card.base_fingerprint)
+    if versions:
+        newest = home().adapters / name / f"v{versions[-1]}" / WEIGHTS_FILE
+        if dimensions_differ(read_header(newest), read_header(adapter.weights)):
+            raise BadInput(
+                f"its tensors have other sizes than those of {name}@v{versions[-1]}: it belongs to another base",
+                where=str(folder),
+                hint="Choose another --name",
+            )
+    return _add(adapter, name, adapter.card, "imported", str(adapter.path))
+
+
+def check_same_base(name: str, base_fingerprint: str) -> None:
+    """Refuses a base other than the one that the versions of `name` were trained on; the planner asks before training.
+
+    Raises:
+        BadInput: they were trained on another base.
+    """
+    for version in reversed(_versions(name)):
+        card = read_card(home().adapters / name / f"v{version}")
+        if card is not None and card.base_fingerprint != base_fingerprint:
+            raise BadInput(
+                f"adapter {name!r} exists and was trained on another base, {card.base}",
+                where="--name",
+                hint="Choose another name for an adapter over this base",
+            )
+
+
+def remove(name: str, version: int | None = None) -> list[str]:
+    """Removes one version, or all of them; the audit stays. Returns the references that are gone.
+
+    Raises:
+        BadInput: there is no such adapter.
+        DiskProblem: a file may not be deleted.
+    """
+    versions = _versions(name)
+    chosen = [number for number in versions if version in (None, number)]
+    if not chosen:
+        wanted = f"{name}@v{version}" if version else name
+        raise BadInput(
+            f"there is no adapter {wanted!r} in the library",
+            where="adapters",
+            hint="See: edgepeft adapters list",
+        )
+    folder = home().adapters / name
+    for number in chosen:
+        doomed = folder / f".v{number}.removed"
+        with disk_errors(folder):
+            # After the rename no reader finds a half-deleted version.
+            shutil.rmtree(doomed, ignore_errors=True)
+            (folder / f"v{number}").rename(doomed)
+            _audit(name, "removed", number)
+            shutil.rmtree(doomed)
+    return [f"{name}@v{number}" for number in chosen]
+
+
+def check_base(adapter: AdapterFolder, entry: ModelEntry) -> list[str]:
+    """Whether the adapter belongs to this base; returns warnings.
+
+    A card's fingerprint decides. Without one, every LoRA tensor must have the dimensions of the base's linears, and the
+    caller is warned that this proves only the shape.
+
+    Raises:
+        BadInput: it was trained on another base.
+    """
+    if adapter.card is not None:
+        if adapter.card.base_fingerprint == entry.fingerprint:
+            return []
+        raise BadInput(
+            f"was trained on {adapter.card.base} ({_short(adapter.card.base_fingerprint)}), "
+            f"not on {entry.name} ({_short(entry.fingerprint)})",
+            where=adapter.reference,
+            hint=f"Use it with {adapter.card.base}",
+        )
+    mismatch = shape_mismatch(read_header(adapter.weights), adapter.config, entry.shape)
+    claimed = adapter.config.get("base_model_name_or_path") or "a base that it does not name"
+    if mismatch:
+        raise BadInput(
+            f"does not fit {entry.name}: {mismatch}",
+            where=adapter.reference,
+            hint=f"Its config says it was trained on {claimed}",
+        )
+    return [
+        f"{adapter.reference} has no card: its tensors have the sizes of {entry.name}, "
+        f"but that it was trained on these weights is unverified (its config says {claimed})"
+    ]
+
+
+def read_audit(name: str) -> list[AuditLine]:
+    """What happened to `name`, oldest first; undecodable lines are skipped."""
+    path = home().adapters / name / AUDIT_FILE
+    lines: list[AuditLine] = []
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        try:
+            lines.append(msgspec.json.decode(line, type=AuditLine))
+        except msgspec.DecodeError:
+            continue
+    return lines
+
+
+def _add(adapter: AdapterFolder, name: str, card: Card | None, action: str, detail: str) -> str:
+    parent = home().adapters / name
+    with disk_errors(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(dir=parent, prefix=".new-"))
+        try:
+            for file in (CONFIG_FILE, WEIGHTS_FILE):
+                shutil.copyfile(adapter.path / file, building / file)
+                with (building / file).open("rb+") as written:
+                    os.fsync(written.fileno())
+            # mkdtemp makes a private folder; a library may be shared.
+            building.chmod(0o755)
+            version = next_version(name)
+            while True:
+                if card is not None:
+                    write_card(building, msgspec.structs.replace(card, name=name, version=version))
+                target = parent / f"v{version}"
+                try:
+                    building.rename(target)
+                    break
+                except OSError:
+                    # Another process published this number in between.
+                    if not target.exists():
+                        raise
+                    version += 1
+            sync_folder(parent)
+            _audit(name, action, version, detail)
+        finally:
+            shutil.rmtree(building, ignore_errors=True)
+    return f"{name}@v{version}"
+
+
+def _audit(name: str, action: str, version: int, detail: str = "") -> None:
+    entry = AuditLine(datetime.now(UTC).isoformat(timespec="seconds"), _user(), action, version, detail)
+    path = home().adapters / name / AUDIT_FILE
+    with path.open("ab") as file:
+        file.write(msgspec.json.encode(entry) + b"\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _user() -> str:
+    import getpass
+
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):
+        return "unknown"
+
+
+def _versions(name: str) -> list[int]:
+    folder = home().adapters / name
+    if not folder.is_dir():
+        return []
+    matches = (_VERSION.fullmatch(entry.name) for entry in folder.iterdir() if entry.is_dir())
+    return sorted(int(match.group(1)) for match in matches if match)
+
+
+def _open_outside(folder: Path) -> AdapterFolder:
+    """A folder given by path; one inside the library keeps its name."""
+    path = folder.absolute()
+    version = _VERSION.fullmatch(path.name)
+    if version and path.parent.parent == home().adapters:
+        return open_adapter(path, path.parent.name, int(version.group(1)))
+    return open_adapter(path)
+
+
+def _short(fingerprint: str) -> str:
+    kind, _, digest = fingerprint.partition(":")
+    return f"{kind}:{digest[:12]}" if digest else fingerprint[:12]
