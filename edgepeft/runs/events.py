@@ -19,7 +19,7 @@ class _Event(msgspec.Struct, frozen=True, tag_field="type", omit_defaults=True, 
     """Seconds since 1970, set when it is written."""
 
 
-class Started(_Event, frozen=True, tag="started"):
+class Started(_Event, frozen=True, kw_only=True, tag="started", omit_defaults=False):
     """A worker took the run; later steps than `step` seen before are void."""
 
     schema: int = SCHEMA
@@ -33,7 +33,7 @@ class Started(_Event, frozen=True, tag="started"):
     """Package → version."""
 
 
-class PhaseChanged(_Event, frozen=True, tag="phase"):
+class PhaseChanged(_Event, frozen=True, kw_only=True, tag="phase"):
     """What the worker does now."""
 
     name: Literal["load", "data", "train", "evaluate", "save"]
@@ -42,7 +42,7 @@ class PhaseChanged(_Event, frozen=True, tag="phase"):
     """Done share of the phase, where it is known."""
 
 
-class StepDone(_Event, frozen=True, tag="step"):
+class StepDone(_Event, frozen=True, kw_only=True, tag="step"):
     """One optimizer step."""
 
     step: int
@@ -65,7 +65,7 @@ class StepDone(_Event, frozen=True, tag="step"):
     eta_seconds: float | None = None
 
 
-class Evaluated(_Event, frozen=True, tag="eval"):
+class Evaluated(_Event, frozen=True, kw_only=True, tag="eval"):
     """Loss on held-out samples."""
 
     step: int
@@ -75,7 +75,7 @@ class Evaluated(_Event, frozen=True, tag="eval"):
     best: bool = False
 
 
-class SampleGenerated(_Event, frozen=True, tag="sample"):
+class SampleGenerated(_Event, frozen=True, kw_only=True, tag="sample"):
     """An answer given during training."""
 
     step: int
@@ -83,7 +83,7 @@ class SampleGenerated(_Event, frozen=True, tag="sample"):
     answer: str
 
 
-class MemoryMeasured(_Event, frozen=True, tag="memory"):
+class MemoryMeasured(_Event, frozen=True, kw_only=True, tag="memory"):
     """A new measured peak."""
 
     step: int
@@ -97,7 +97,7 @@ class MemoryMeasured(_Event, frozen=True, tag="memory"):
     by_category: dict[Category, int] = {}
 
 
-class CheckpointSaved(_Event, frozen=True, tag="checkpoint"):
+class CheckpointSaved(_Event, frozen=True, kw_only=True, tag="checkpoint"):
     """The run can be resumed from here."""
 
     step: int
@@ -105,14 +105,14 @@ class CheckpointSaved(_Event, frozen=True, tag="checkpoint"):
     """Relative to the run folder."""
 
 
-class Warned(_Event, frozen=True, tag="warning"):
+class Warned(_Event, frozen=True, kw_only=True, tag="warning"):
     """Something a person should know."""
 
     message: str
     step: int | None = None
 
 
-class OutOfMemoryHit(_Event, frozen=True, tag="oom"):
+class OutOfMemoryHit(_Event, frozen=True, kw_only=True, tag="oom"):
     """Memory ran out inside a step or an evaluation."""
 
     step: int
@@ -121,7 +121,7 @@ class OutOfMemoryHit(_Event, frozen=True, tag="oom"):
     message: str = ""
 
 
-class Recovered(_Event, frozen=True, tag="recovered"):
+class Recovered(_Event, frozen=True, kw_only=True, tag="recovered"):
     """The same step goes on with a smaller layout."""
 
     step: int
@@ -131,7 +131,7 @@ class Recovered(_Event, frozen=True, tag="recovered"):
     checkpointing: str
 
 
-class Finished(_Event, frozen=True, tag="finished"):
+class Finished(_Event, frozen=True, kw_only=True, tag="finished"):
     """The adapter is written."""
 
     step: int
@@ -150,7 +150,7 @@ class Finished(_Event, frozen=True, tag="finished"):
     """`NAME@vK` in the adapter library; empty when nothing was published."""
 
 
-class Failed(_Event, frozen=True, tag="failed"):
+class Failed(_Event, frozen=True, kw_only=True, tag="failed"):
     """The run ended without an adapter; it may be resumed from its last checkpoint."""
 
     message: str
