@@ -148,7 +148,7 @@ class PlanOptions(msgspec.Struct, frozen=True):
 
 
 def takes_plan_options(command: Callable[..., None]) -> Callable[..., None]:
-    """Gives `command`, which has a parameter `options: PlanOptions`, one command-line option for each field of it."""
+    """Gives `command`, which has a parameter `options: PlanOptions`, one option for each field of it."""
     hints = get_type_hints(PlanOptions, include_extras=True)
     signature = inspect.signature(command, eval_str=True)
 
