@@ -1,4 +1,4 @@
-"""Tiny real models for tests: a Llama of two layers with a byte-level tokenizer and a ChatML template, made without torch."""
+"""Tiny real models for tests: a Llama of two layers, a byte-level tokenizer and a ChatML template; no torch needed."""
 
 from __future__ import annotations
 
