@@ -1,0 +1,251 @@
+"""Starting, resuming, stopping and removing runs. Training is a detached process that outlives its launcher."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from edgepeft.errors import BadInput, DiskProblem, error_for_code
+from edgepeft.library.store import check_same_base
+from edgepeft.paths import check_name, disk_errors, home, write_atomic
+from edgepeft.plan.train_plan import TrainPlan
+from edgepeft.processes import start_worker
+from edgepeft.runs.control import clear_request, request
+from edgepeft.runs.layout import RunFolder, create_run
+from edgepeft.runs.lock import is_locked
+from edgepeft.runs.state import START_SECONDS, Launched, RunState, read_launched, read_state
+from edgepeft.units import MIB, format_bytes
+
+WORKER = "train"
+_POLL_SECONDS = 0.05
+_SPARE_DISK_BYTES = 64 * MIB
+_TERMINATE_SECONDS = 10.0
+_children: list[subprocess.Popen[bytes]] = []
+"""Workers of this process, kept so that an ended one is reaped and never a zombie for long."""
+
+
+def launch(plan: TrainPlan, name: str) -> RunFolder:
+    """Makes the run folder NAME-K, starts its worker detached and waits until that holds the run's lock.
+
+    Raises:
+        UsageError: `name` cannot be used as a name.
+        BadInput: `name` is an adapter over another base, or the worker refused the plan at once.
+        DiskProblem: too little space for the adapter and its checkpoints, or no permission.
+    """
+    check_name(name)
+    check_same_base(name, plan.spec.recipe.base.fingerprint)
+    check_free_disk(plan)
+    run = create_run(plan, name)
+    try:
+        process = _start(run, plan.spec.device)
+    except BaseException:
+        shutil.rmtree(run.path, ignore_errors=True)
+        raise
+    _await_lock(run, process)
+    return run
+
+
+def resume(run: RunFolder) -> None:
+    """Starts the worker of a lost, failed or stopped run again; it goes on from the newest good checkpoint.
+
+    Raises:
+        BadInput: the run has a worker, is finished, or has no readable plan.
+    """
+    plan = run.read_plan()
+    state = read_state(run, plan.steps)
+    if state.alive:
+        raise BadInput(f"run {run.id} is {state.status}", hint=f"Follow it with `edgepeft runs attach {run.id}`")
+    if state.status == "finished":
+        adapter = state.published or plan.adapter_name
+        raise BadInput(f"run {run.id} is finished", hint=f"Its adapter is {adapter}; train again for a new version")
+    check_free_disk(plan)
+    clear_request(run)
+    _await_lock(run, _start(run, plan.spec.device))
+
+
+def stop(
+    run: RunFolder, timeout_seconds: float = 600.0, *, waiting: Callable[[RunState], None] | None = None
+) -> RunState:
+    """Asks the worker to stop and save, waits, and ends it when it does not obey in time.
+
+    Args:
+        run: the run; one without a worker is left as it is.
+        timeout_seconds: how long the worker may take to end its step and save.
+        waiting: called with the state from time to time.
+
+    Raises:
+        DiskProblem: the request cannot be written.
+    """
+    if not read_state(run).alive:
+        return read_state(run)
+    request(run, "stop")
+    deadline = time.monotonic() + timeout_seconds
+    while (state := read_state(run)).alive and time.monotonic() < deadline:
+        if waiting is not None:
+            waiting(state)
+        time.sleep(0.2)
+    if state.alive:
+        _terminate(run)
+    return read_state(run)
+
+
+def remove(run: RunFolder) -> None:
+    """Deletes a run folder; the adapters that it published stay.
+
+    Raises:
+        BadInput: its worker lives.
+        DiskProblem: the folder may not be deleted.
+    """
+    if is_locked(run) or read_state(run).alive:
+        raise BadInput(f"run {run.id} is running", hint=f"Stop it first with `edgepeft runs stop {run.id}`")
+    doomed = run.path.with_name(f".{run.id}.removed")
+    with disk_errors(run.path):
+        # After the rename no list shows a half-deleted run.
+        shutil.rmtree(doomed, ignore_errors=True)
+        run.path.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def needed_disk_bytes(plan: TrainPlan) -> int:
+    """What the checkpoints and the adapter take at the most: parameters and optimizer state, float32."""
+    step = next((phase for phase in plan.memory.phases if phase.name == "train step"), plan.memory.peak)
+    adapter_bytes = step.bytes_by_category.get("adapter weights", 0)
+    checkpoint_bytes = adapter_bytes + step.bytes_by_category.get("optimizer state", 0)
+    # While a checkpoint is written, the oldest of those that are kept is still there.
+    return (plan.spec.upkeep.keep_checkpoints + 1) * checkpoint_bytes + 2 * adapter_bytes + _SPARE_DISK_BYTES
+
+
+def check_free_disk(plan: TrainPlan) -> None:
+    """Refuses a run whose checkpoints would fill the disk.
+
+    Raises:
+        DiskProblem: by how much it is short.
+    """
+    folder = home().runs
+    while not folder.exists():
+        folder = folder.parent
+    free, needed = shutil.disk_usage(folder).free, needed_disk_bytes(plan)
+    if free < needed:
+        raise DiskProblem(
+            f"{format_bytes(free)} are free, and the run needs up to {format_bytes(needed)}",
+            where=str(folder),
+            hint="Free some space, or set EDGEPEFT_HOME to another disk",
+        )
+
+
+def log_tail(run: RunFolder, lines: int = 20) -> list[str]:
+    """The last lines of worker.log."""
+    try:
+        with run.log_file.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - (1 << 14)))
+            text = file.read().decode("utf-8", errors="replace")
+    except FileNotFoundError:
+        return []
+    return [line.rstrip() for line in text.splitlines() if line.strip()][-lines:]
+
+
+def _start(run: RunFolder, device: str) -> subprocess.Popen[bytes]:
+    _children[:] = [child for child in _children if child.poll() is None]
+    previous = read_launched(run.launched_file)
+    launched = Launched(time=time.time())
+    _write_launched(run, launched)
+    try:
+        with disk_errors(run.log_file), run.log_file.open("ab") as log:
+            process = start_worker(
+                WORKER,
+                [str(run.path)],
+                device=device,
+                detached=True,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=run.path,
+            )
+    except BaseException:
+        _restore_launched(run, previous)
+        raise
+    _children.append(process)
+    _write_launched(run, msgspec.structs.replace(launched, pid=process.pid))
+    return process
+
+
+def _await_lock(run: RunFolder, process: subprocess.Popen[bytes]) -> None:
+    """Returns once the worker holds the lock, or has spoken; raises what it died of before that."""
+    launched = read_launched(run.launched_file) or Launched(time=time.time(), pid=process.pid)
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        code = process.poll()
+        if is_locked(run):
+            _write_launched(run, msgspec.structs.replace(launched, took_lock=True))
+            return
+        if code is not None:
+            _write_launched(run, msgspec.structs.replace(launched, took_lock=True))
+            spoke = read_state(run).updated_at
+            if spoke is not None and spoke >= launched.time:
+                return
+            said = log_tail(run, 1)
+            raise error_for_code(
+                code,
+                f"the worker of run {run.id} ended before it began" + (f": {said[-1]}" if said else ""),
+                hint=f"Its log is {run.log_file}",
+            )
+        time.sleep(_POLL_SECONDS)
+
+
+def _write_launched(run: RunFolder, launched: Launched) -> None:
+    write_atomic(run.launched_file, msgspec.json.encode(launched))
+
+
+def _restore_launched(run: RunFolder, previous: Launched | None) -> None:
+    if previous is None:
+        run.launched_file.unlink(missing_ok=True)
+    else:
+        _write_launched(run, previous)
+
+
+def _terminate(run: RunFolder) -> None:
+    """Ends the worker of `run` by its process id, after checking that the id still belongs to it."""
+    import psutil
+
+    process = _worker_process(run)
+    if process is None:
+        raise BadInput(
+            f"the worker of run {run.id} does not stop, and its process is not known",
+            hint=f"Look for a process with {run.path} in its command line",
+        )
+    family: list[Any] = [process, *process.children(recursive=True)]
+    for member in family:
+        try:
+            member.terminate()
+        except psutil.NoSuchProcess:
+            continue
+    _, stubborn = psutil.wait_procs(family, timeout=_TERMINATE_SECONDS)
+    for member in stubborn:
+        try:
+            member.kill()
+        except psutil.NoSuchProcess:
+            continue
+    psutil.wait_procs(stubborn, timeout=_TERMINATE_SECONDS)
+    for child in _children:
+        child.poll()
+
+
+def _worker_process(run: RunFolder) -> Any:
+    """The psutil process of the worker; None when the recorded id is unknown or belongs to another program."""
+    import psutil
+
+    launched = read_launched(run.launched_file)
+    if launched is None or launched.pid is None:
+        return None
+    try:
+        process = psutil.Process(launched.pid)
+        command = process.cmdline()
+    except psutil.Error:
+        return None
+    return process if str(run.path) in command else None
