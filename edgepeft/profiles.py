@@ -55,7 +55,7 @@ class GpuProfile(Profile, frozen=True, forbid_unknown_fields=True, kw_only=True)
     memory_gb_per_s: float | None = None
     """Memory bandwidth, 10⁹ bytes a second."""
     tensor_tflops: float | None = None
-    """Dense 16-bit tensor throughput with float32 accumulation, 10¹² operations a second; bf16 where the card has it, else fp16."""
+    """Dense bf16 (before Ampere fp16) tensor throughput with float32 accumulation, 10¹² operations a second."""
     pcie_generation: int | None = None
     pcie_lanes: int | None = None
     board_power_w: float | None = None
@@ -102,7 +102,7 @@ def load_folder(kind: str, profile_type: type[ProfileType]) -> dict[str, Profile
         profile_type: the struct that each file must match exactly.
 
     Raises:
-        BadInput: a file cannot be read, is not TOML, has an unknown, missing or wrong key, or an id other than its name.
+        BadInput: a file cannot be read or is not TOML; a key is unknown, missing or wrong; an id is not its file's name.
     """
     profiles = {}
     for folder in (builtin_profiles() / kind, home().profiles / kind):
@@ -193,6 +193,8 @@ def _check_gpu(profile: GpuProfile) -> None:
     where = f"profiles/gpus/{profile.id}.toml"
     if not re.fullmatch(r"\d+\.\d", profile.compute_capability):
         raise BadInput(f"key `compute_capability`: {profile.compute_capability!r} is not like 8.9", where=where)
+    if profile.bf16 != (profile.capability >= (8, 0)):
+        raise BadInput("key `bf16`: compute capability 8.0 and later have it, earlier ones do not", where=where)
     if profile.memory_mib <= profile.desktop_reserve_mib:
         raise BadInput("key `memory_mib`: not above `desktop_reserve_mib`", where=where)
     fields = {field.name for field in msgspec.structs.fields(GpuProfile)}
@@ -201,7 +203,8 @@ def _check_gpu(profile: GpuProfile) -> None:
         raise BadInput(f"key `sources.{unknown[0]}`: there is no such field", where=where)
     for name in fields - {"id", "sources"}:
         value = getattr(profile, name)
-        if isinstance(value, int | float) and not isinstance(value, bool) and name not in profile.sources:
+        counts = name == "compute_capability" or (isinstance(value, int | float) and not isinstance(value, bool))
+        if counts and name not in profile.sources:
             raise BadInput(
                 f"key `{name}`: has no entry under [sources]", where=where, hint="Say where the number comes from"
             )
