@@ -54,7 +54,7 @@ class Card(msgspec.Struct, frozen=True):
     """Id of the run that made it."""
     steps: int
     metrics: dict[str, float] = {}
-    """train_loss, eval_loss, train_seconds, tokens_per_second, predicted_peak_bytes, measured_peak_bytes, …"""
+    """train_loss, eval_loss, train_seconds, tokens_per_second, predicted_peak_bytes, measured_peak_bytes …"""
     parent: str = ""
     """`NAME@vK` that training started from."""
     notes: tuple[str, ...] = ()

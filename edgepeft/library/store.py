@@ -1,7 +1,7 @@
 """The adapter library: `adapters/NAME/vK`, each version complete and never changed once it is there.
 
-A version is made beside its final place and renamed into it, so a reader sees all of it or nothing. Version numbers are
-never used twice, also not after a removal: `audit.jsonl` beside the versions remembers them.
+A version is made beside its final place and renamed into it, so a reader sees all of it or nothing. Version
+numbers are never used twice, also not after a removal: `audit.jsonl` beside the versions remembers them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import msgspec
 
 from edgepeft.errors import BadInput, EdgepeftError
 from edgepeft.library.card import CARD_FILE, Card
-from edgepeft.library.tensors import dimensions_differ, read_header, shape_mismatch
+from edgepeft.library.tensors import dimensions_differ, shape_mismatch
+from edgepeft.models.headers import read_header
 from edgepeft.paths import check_name, disk_errors, home, sync_folder, write_atomic
 
 if TYPE_CHECKING:
@@ -118,9 +119,7 @@ def open_adapter(folder: Path, name: str | None = None, version: int | None = No
             f"cannot be read: {error}", where=str(config_file), hint="Copy it again from its source"
         ) from error
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
-        raise BadInput(
-            "does not name a peft_type", where=str(config_file), hint="Give a folder that PEFT saved"
-        )
+        raise BadInput("does not name a peft_type", where=str(config_file), hint="Give a folder that PEFT saved")
     if not (folder / WEIGHTS_FILE).is_file():
         if (folder / "adapter_model.bin").exists():
             raise BadInput(
@@ -128,9 +127,7 @@ def open_adapter(folder: Path, name: str | None = None, version: int | None = No
                 where=str(folder / "adapter_model.bin"),
                 hint="Save it again as safetensors where it was made",
             )
-        raise BadInput(
-            f"has no {WEIGHTS_FILE}", where=str(folder), hint="Copy the whole folder again from its source"
-        )
+        raise BadInput(f"has no {WEIGHTS_FILE}", where=str(folder), hint="Copy the whole folder again from its source")
     read_header(folder / WEIGHTS_FILE)
     return AdapterFolder(folder.absolute(), name, version, read_card(folder), config)
 
@@ -208,14 +205,14 @@ def publish(folder: Path, name: str, card: Card) -> str:
 
 
 def import_adapter(folder: Path, name: str) -> str:
-    """Copies a PEFT folder from anywhere into the library as the next version of `name`; keeps its card when it has one.
+    """Copies a PEFT folder into the library as the next version of `name`; a card in it is kept.
 
     Returns:
         `NAME@vK`.
 
     Raises:
         UsageError: `name` cannot be a name.
-        BadInput: the folder is not a complete adapter, or belongs to another base than the versions of `name`.
+        BadInput: the folder is not a complete adapter, or belongs to another base than `name`.
         DiskProblem: the disk is full, or may not be written.
     """
     check_name(name)
@@ -227,7 +224,7 @@ def import_adapter(folder: Path, name: str) -> str:
         newest = home().adapters / name / f"v{versions[-1]}" / WEIGHTS_FILE
         if dimensions_differ(read_header(newest), read_header(adapter.weights)):
             raise BadInput(
-                f"its tensors have other sizes than those of {name}@v{versions[-1]}: it belongs to another base",
+                f"its tensors have other sizes than those of {name}@v{versions[-1]}: it has another base",
                 where=str(folder),
                 hint="Choose another --name",
             )
@@ -235,7 +232,7 @@ def import_adapter(folder: Path, name: str) -> str:
 
 
 def check_same_base(name: str, base_fingerprint: str) -> None:
-    """Refuses a base other than the one that the versions of `name` were trained on; the planner asks before training.
+    """Refuses a base other than the one that the versions of `name` were trained on.
 
     Raises:
         BadInput: they were trained on another base.
@@ -281,8 +278,8 @@ def remove(name: str, version: int | None = None) -> list[str]:
 def check_base(adapter: AdapterFolder, entry: ModelEntry) -> list[str]:
     """Whether the adapter belongs to this base; returns warnings.
 
-    A card's fingerprint decides. Without one, every LoRA tensor must have the dimensions of the base's linears, and the
-    caller is warned that this proves only the shape.
+    A card's fingerprint decides. Without one, every LoRA tensor must have the dimensions of the base's linears,
+    and the caller is warned that this proves only the shape.
 
     Raises:
         BadInput: it was trained on another base.

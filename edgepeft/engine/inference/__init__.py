@@ -1,1 +1,1 @@
-"""Generation, adapter swapping and scoring."""
+"""Answers from a loaded base and any of its adapters: generation, batches, losses."""

@@ -1,0 +1,141 @@
+"""A loaded base with the adapters read so far and the keys and values of the last conversation."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import DynamicCache
+
+from edgepeft.chat.protocol import AdapterUse
+from edgepeft.engine.methods import detach, set_active
+from edgepeft.engine.methods.peft_files import read_adapter
+from edgepeft.engine.model.load import LoadedModel
+from edgepeft.errors import BadInput, DoesNotFit
+from edgepeft.units import format_bytes
+
+_KEPT_ADAPTERS = 8
+_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+AdapterKey = tuple[tuple[str, float], ...]
+
+
+@dataclass
+class KeptPrefix:
+    """Keys and values of a conversation's tokens, for the turn after it."""
+
+    adapters: AdapterKey
+    """What was active when they were made: they mean nothing under other adapters."""
+    ids: list[int] = field(default_factory=list)
+    """The tokens that `cache` holds, in order."""
+    cache: DynamicCache = field(default_factory=DynamicCache)
+
+
+class Session:
+    """One base in memory, answering one request at a time.
+
+    Args:
+        loaded: the base.
+        budget_bytes: bound for the base and the key-value cache together; None for no bound.
+    """
+
+    def __init__(self, loaded: LoadedModel, budget_bytes: int | None = None) -> None:
+        self.loaded = loaded
+        self.prefix: KeptPrefix | None = None
+        self.live_bytes = sum(loaded.bytes_by_category().values())
+        self._budget_bytes = budget_bytes
+        self._adapters: OrderedDict[str, tuple[str, str]] = OrderedDict()
+        """Folder → (what its files looked like when they were read, name inside the model)."""
+        self._count = 0
+        self.active: AdapterKey = ()
+        if budget_bytes is not None and self.live_bytes + self.cache_token_bytes > budget_bytes:
+            raise DoesNotFit(
+                f"the base alone needs {format_bytes(self.live_bytes)}, the budget is {format_bytes(budget_bytes)}",
+                hint="Use --precision nf4, a smaller model or a larger budget",
+            )
+
+    @property
+    def cache_token_bytes(self) -> int:
+        """Bytes of keys and values that one token of one conversation needs."""
+        shape = self.loaded.shape
+        return 2 * shape.layers * shape.kv_heads * shape.head_dim * self.loaded.compute_dtype.itemsize
+
+    def token_limit(self, rows: int = 1) -> int:
+        """Longest sequence in tokens, prompt and answer together, for each of `rows` conversations."""
+        limit = self.loaded.shape.context_length
+        if self._budget_bytes is None:
+            return limit
+        return min(limit, (self._budget_bytes - self.live_bytes) // (self.cache_token_bytes * rows))
+
+    def activate(self, uses: Sequence[AdapterUse]) -> None:
+        """Makes exactly these adapters active; a folder is read once and again only when its files changed.
+
+        Raises:
+            BadInput: a folder is missing, or its tensors do not belong to this base.
+        """
+        wanted = [(self._read(use.folder), use.scale) for use in uses]
+        set_active(self.loaded, wanted)
+        self.active = tuple(wanted)
+        while len(self._adapters) > max(_KEPT_ADAPTERS, len(wanted)):
+            _, (_, name) = self._adapters.popitem(last=False)
+            detach(self.loaded, name)
+
+    def take_prefix(self, ids: list[int]) -> KeptPrefix:
+        """The kept keys and values that fit the beginning of `ids`, or empty ones; never all of `ids`.
+
+        The session forgets them until `keep_prefix`, so that a failure in between leaves nothing half-written.
+        """
+        kept, self.prefix = self.prefix, None
+        if kept is None or kept.adapters != self.active:
+            return KeptPrefix(self.active)
+        # The last token is always computed: its logits begin the answer.
+        shared = shared_length(kept.ids, ids[:-1])
+        if shared == 0:
+            return KeptPrefix(self.active)
+        if surplus := len(kept.ids) - shared:
+            kept.cache.crop(-surplus)
+            del kept.ids[shared:]
+        return kept
+
+    def keep_prefix(self, prefix: KeptPrefix) -> None:
+        """Keeps the keys and values of a finished turn for the next one."""
+        self.prefix = prefix
+
+    def _read(self, folder: str) -> str:
+        state = _state_of(Path(folder))
+        known = self._adapters.pop(folder, None)
+        if known is not None and known[0] != state:
+            set_active(self.loaded, [])
+            detach(self.loaded, known[1])
+            known = None
+        if known is None:
+            self._count += 1
+            name = f"adapter-{self._count}"
+            read_adapter(Path(folder), self.loaded, name)
+            known = (state, name)
+        self._adapters[folder] = known
+        return known[1]
+
+
+def shared_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many tokens two sequences have in common at their beginning."""
+    length = 0
+    for one, other in zip(first, second, strict=False):
+        if one != other:
+            break
+        length += 1
+    return length
+
+
+def _state_of(folder: Path) -> str:
+    try:
+        states = [(folder / name).stat() for name in _FILES]
+    except OSError as error:
+        raise BadInput(
+            f"is not a readable adapter folder: {error.strerror}",
+            where=str(folder),
+            hint="See: edgepeft adapters list",
+        ) from error
+    return " ".join(f"{state.st_mtime_ns}-{state.st_size}-{state.st_ino}" for state in states)
