@@ -35,6 +35,14 @@ class Method(Protocol):
         """Trainable entries of the whole model."""
         ...
 
+    def kept_bytes_per_token(self, config: Any, shape: ModelShape, compute_bytes: int) -> float:
+        """What it keeps for backward in one decoder layer, beside what the layer's linears keep."""
+        ...
+
+    def workspace_bytes(self, config: Any, shape: ModelShape, compute_bytes: int) -> int:
+        """Its temporary tensors at one time that do not grow with tokens."""
+        ...
+
 
 METHODS: dict[str, Method] = {"lora": lora}
 """Every method by its id."""

@@ -23,7 +23,7 @@ class LoraConfig(msgspec.Struct, frozen=True, tag="lora", forbid_unknown_fields=
     alpha: float = 32.0
     """The update is scaled by alpha / r."""
     targets: tuple[str, ...] = ("all-linear",)
-    """Module names (or their endings) that get an update; `all-linear` stands for every linear of every decoder layer."""
+    """Module names (or their endings) that get an update; `all-linear` stands for every linear of every layer."""
     dropout: float = 0.0
     """Share of the update's input entries that are zeroed in training."""
     rank_stabilised: bool = False
@@ -46,7 +46,7 @@ class LoraConfig(msgspec.Struct, frozen=True, tag="lora", forbid_unknown_fields=
 
 
 PAPER = "arXiv 2106.09685"
-PEFT_TYPE = "LORA"
+PEFT_TYPE: str | None = "LORA"
 ADDS = "a low-rank product beside each linear layer"
 MERGES = True
 
@@ -66,12 +66,16 @@ def targeted(config: LoraConfig, shape: ModelShape) -> tuple[LinearShape, ...]:
         ]
         if not matches:
             known = ", ".join(sorted({linear.name.rsplit(".", 1)[-1] for linear in shape.linears}))
-            raise UsageError(f"target {target!r} matches no linear layer of this model", where="targets", hint=f"It has: {known}")
+            raise UsageError(
+                f"target {target!r} matches no linear layer of this model", where="targets", hint=f"It has: {known}"
+            )
         chosen += [linear for linear in matches if linear not in chosen]
     smallest = min(min(linear.in_features, linear.out_features) for linear in chosen)
     if config.rank > smallest:
         raise UsageError(
-            f"rank {config.rank} exceeds the smallest targeted dimension {smallest}", where="rank", hint=f"Use at most {smallest}"
+            f"rank {config.rank} exceeds the smallest targeted dimension {smallest}",
+            where="rank",
+            hint=f"Use at most {smallest}",
         )
     return tuple(linear for linear in shape.linears if linear in chosen)
 
@@ -80,3 +84,14 @@ def count_parameters(config: LoraConfig, shape: ModelShape) -> int:
     """Trainable entries of the whole model: r · (in + out) for each targeted linear."""
     per_layer = sum(config.rank * (linear.in_features + linear.out_features) for linear in targeted(config, shape))
     return shape.layers * per_layer
+
+
+def kept_bytes_per_token(config: LoraConfig, shape: ModelShape, compute_bytes: int) -> float:
+    """x Aᵀ of each targeted linear, r entries in the compute dtype; x itself is what the frozen product keeps."""
+    return compute_bytes * config.rank * len(targeted(config, shape))
+
+
+def workspace_bytes(config: LoraConfig, shape: ModelShape, compute_bytes: int) -> int:
+    """A and B of one linear in the compute dtype, and their fresh gradients in both."""
+    largest = max(config.rank * (linear.in_features + linear.out_features) for linear in targeted(config, shape))
+    return largest * (2 * compute_bytes + 4)
