@@ -102,7 +102,7 @@ def load_folder(kind: str, profile_type: type[ProfileType]) -> dict[str, Profile
         profile_type: the struct that each file must match exactly.
 
     Raises:
-        BadInput: a file cannot be read or is not TOML; a key is unknown, missing or wrong; an id is not its file's name.
+        BadInput: a file cannot be read or is not TOML; a key is unknown, missing or wrong; id is not the file name.
     """
     profiles = {}
     for folder in (builtin_profiles() / kind, home().profiles / kind):
