@@ -1,10 +1,217 @@
-"""Commands: runs."""
+"""`edgepeft runs`: what is training, what was trained, and taking hold of it again."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.text import Text
 
-app = typer.Typer(no_args_is_help=True)
+from edgepeft.cli.output import JsonFlag, interactive, line, note, print_json, stderr, table
+from edgepeft.cli.output import console as out
+
+if TYPE_CHECKING:
+    from edgepeft.runs.layout import RunFolder
+    from edgepeft.runs.state import RunState
+
+app = typer.Typer(no_args_is_help=True, help="List, follow, stop, resume and remove training runs.")
+
+RunId = Annotated[str, typer.Argument(metavar="RUN", help="Id of the run, such as my-adapter-1, or its folder.")]
 
 
-@app.callback()
-def group() -> None:
-    """runs."""
+@app.command("list")
+def list_(as_json: JsonFlag = False) -> None:
+    """List all runs, the newest first."""
+    from edgepeft.cli.run_text import STYLES, age_text, progress_text
+    from edgepeft.runs.state import summarise_runs
+
+    found = summarise_runs()
+    if as_json:
+        print_json(found)
+        return
+    if not found:
+        line("There are no runs yet. Start one: edgepeft train smollm2-135m DATA --name my-adapter")
+        return
+    grid = table("run", "status", "step", "loss", "age", "adapter", "model", right=("step", "loss", "age"))
+    for run in found:
+        state = run.state
+        grid.add_row(
+            Text(run.id),
+            Text(state.status, style=STYLES[state.status]),
+            Text(progress_text(state)),
+            Text("–" if state.loss is None else f"{state.loss:.4f}"),
+            Text(age_text(run.made_at)),
+            Text(state.published or run.adapter_name or "–"),
+            Text(run.model or "–"),
+        )
+    out.print(grid)
+    for run in found:
+        if run.state.status == "damaged":
+            note(f"{run.id}: {run.state.message}. Remove it with `edgepeft runs remove {run.id}`.", "yellow")
+    lost = [run.id for run in found if run.state.status == "lost"]
+    if lost:
+        note(f"Lost runs go on with: edgepeft runs resume {lost[0]}")
+
+
+@app.command("show")
+def show(run_id: RunId, as_json: JsonFlag = False) -> None:
+    """Show one run: its plan, what it does, its last events, and where its files lie."""
+    from edgepeft.cli.run_text import STYLES, age_text, memory_text, plan_lines, sentence
+    from edgepeft.runs.launch import log_tail
+    from edgepeft.runs.layout import open_run
+    from edgepeft.runs.state import RunWatch
+
+    run = open_run(run_id)
+    plan = run.read_plan()
+    events, state = RunWatch(run, plan.steps).poll()
+    failed = state.status in ("failed", "lost")
+    tail = log_tail(run) if failed else []
+    if as_json:
+        paths = {"run": run.path, "events": run.events_file, "log": run.log_file, "checkpoints": run.checkpoints}
+        print_json(
+            {
+                "id": run.id,
+                "state": state,
+                "plan": plan,
+                "last_events": events[-10:],
+                "paths": {name: str(path) for name, path in paths.items()},
+                "log_tail": tail,
+            }
+        )
+        return
+    told = f"Status   {state.status}, step {state.step} of {state.steps}"
+    if state.loss is not None:
+        told += f", loss {state.loss:.4f}"
+    if state.eval_loss is not None:
+        told += f", held-out loss {state.eval_loss:.4f}"
+    line(told, STYLES[state.status])
+    if state.message:
+        line(f"Reason   {state.message}")
+    if state.updated_at is not None:
+        line(f"Last     heard of {age_text(state.updated_at)} ago")
+    if state.peak_bytes is not None:
+        line(f"Measured {memory_text(state, plan.memory.peak_bytes)}")
+    for text in plan_lines(plan):
+        line(text)
+    sentences = [f"  {found[0]}" for event in events if (found := sentence(event))]
+    if sentences:
+        line("Events")
+        for text in sentences[-10:]:
+            line(text)
+    if state.skipped_lines:
+        note(f"{state.skipped_lines} damaged lines of {run.events_file} were skipped.", "yellow")
+    line(f"Folder   {run.path}")
+    line(f"Log      {run.log_file}")
+    if state.published:
+        line(f"Adapter  {state.published}")
+    if tail:
+        line("The log ends with")
+        for text in tail:
+            line(f"  {text}", "dim")
+    if state.resumable:
+        line(f"Next     edgepeft runs resume {run.id}")
+    elif state.alive:
+        line(f"Next     edgepeft runs attach {run.id}")
+
+
+@app.command("attach")
+def attach_(run_id: RunId, as_json: JsonFlag = False) -> None:
+    """Follow a run; Ctrl-C asks whether to stop it or only to look away."""
+    from edgepeft.cli.attach import attach
+    from edgepeft.runs.layout import open_run
+
+    run = open_run(run_id)
+    raise typer.Exit(attach(run, run.read_plan(), as_json=as_json, from_start=False))
+
+
+@app.command("stop")
+def stop_(
+    run_id: RunId,
+    timeout: Annotated[
+        str, typer.Option("--timeout", help="How long it may take to save, before it is ended.")
+    ] = "10min",
+    as_json: JsonFlag = False,
+) -> None:
+    """Stop a run after its current step, and save its adapter."""
+    from edgepeft.runs.launch import stop
+    from edgepeft.runs.layout import open_run
+    from edgepeft.units import parse_seconds
+
+    run = open_run(run_id)
+    seconds = parse_seconds(timeout, where="--timeout")
+    with _waiting(f"Stopping {run.id}: it ends its step and saves"):
+        state = stop(run, seconds)
+    if as_json:
+        print_json({"id": run.id, "state": state})
+    else:
+        _tell_state(run, state)
+
+
+@app.command("resume")
+def resume_(
+    run_id: RunId,
+    detach: Annotated[bool, typer.Option("--detach", help="Start it and return.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Go on with a lost, failed or stopped run from its newest checkpoint."""
+    import json
+
+    from edgepeft.cli.attach import attach
+    from edgepeft.runs.launch import resume
+    from edgepeft.runs.layout import open_run
+
+    run = open_run(run_id)
+    plan = run.read_plan()
+    resume(run)
+    if detach:
+        if as_json:
+            sys.stdout.write(json.dumps({"type": "launched", "run": run.id, "path": str(run.path)}) + "\n")
+        else:
+            note(f"Run {run.id} goes on. Follow it with `edgepeft runs attach {run.id}`.", None)
+        return
+    raise typer.Exit(attach(run, plan, as_json=as_json, from_start=False))
+
+
+@app.command("remove")
+def remove_(
+    run_id: RunId,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Remove without asking.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Delete the folder of a run; an adapter that it published stays in the library."""
+    from edgepeft.errors import UsageError
+    from edgepeft.runs.launch import remove
+    from edgepeft.runs.layout import open_run
+
+    run = open_run(run_id)
+    if not yes:
+        if as_json or not interactive():
+            raise UsageError(f"removing run {run.id} needs a confirmation", where="runs remove", hint="Add --yes")
+        if not typer.confirm(f"Delete {run.path} with its checkpoints?", default=False, err=True):
+            raise typer.Exit(0)
+    remove(run)
+    if as_json:
+        print_json({"removed": run.id})
+    else:
+        line(f"Removed {run.id}")
+
+
+@contextmanager
+def _waiting(text: str) -> Iterator[None]:
+    """A spinner on a terminal, one line elsewhere."""
+    if not stderr.is_terminal:
+        note(text)
+        yield
+        return
+    with stderr.status(Text(text)):
+        yield
+
+
+def _tell_state(run: RunFolder, state: RunState) -> None:
+    told = f"Run {run.id} is {state.status} at step {state.step} of {state.steps}"
+    line(f"{told}; its adapter is {state.published}" if state.published else told)
+    if state.resumable:
+        line(f"Next     edgepeft runs resume {run.id}")

@@ -66,7 +66,7 @@ class RunState(msgspec.Struct, frozen=True):
     phase_detail: str = ""
     phase_fraction: float | None = None
     started_at: float | None = None
-    """Time of the first event, seconds since 1970."""
+    """When the latest worker said its first word, seconds since 1970; None when that was not read."""
     updated_at: float | None = None
     """Time of the latest event."""
     checkpoint_step: int | None = None
@@ -111,12 +111,11 @@ class RunFold:
         """Takes one more event."""
         state = self._state
         changes: dict[str, object] = {"updated_at": event.time}
-        if state.started_at is None:
-            changes["started_at"] = event.time
         match event:
             case Started():
                 self._begin(event)
                 changes |= {
+                    "started_at": event.time,
                     "step": event.step,
                     "steps": event.steps,
                     "loss": self.history[-1].loss if self.history else None,

@@ -1,0 +1,176 @@
+"""What runs and their events are called on screen: one sentence an event, one line a state, a summary at the end."""
+
+from __future__ import annotations
+
+import time
+
+from edgepeft.plan.train_plan import TrainPlan
+from edgepeft.runs.events import (
+    CheckpointSaved,
+    Evaluated,
+    Event,
+    Finished,
+    OutOfMemoryHit,
+    PhaseChanged,
+    Recovered,
+    SampleGenerated,
+    Started,
+    StepDone,
+    Warned,
+)
+from edgepeft.runs.state import RunState
+from edgepeft.units import GIB, format_bytes, format_gib, format_seconds
+
+STYLES = {
+    "starting": "cyan",
+    "running": "cyan",
+    "finished": "green",
+    "stopped": "yellow",
+    "failed": "red",
+    "lost": "red",
+    "damaged": "red",
+}
+PHASES = {
+    "load": "Loading the model",
+    "data": "Reading the data",
+    "train": "Training",
+    "evaluate": "Evaluating",
+    "save": "Saving",
+}
+
+
+def sentence(event: Event) -> tuple[str, str] | None:
+    """An event that is worth a line of its own, and its style; None for those that only move the progress line."""
+    match event:
+        case Evaluated():
+            best = ", best so far" if event.best else ""
+            return f"Step {event.step}: held-out loss {event.loss:.4f} on {event.samples:,} samples{best}", ""
+        case Warned():
+            return f"{_at_step(event.step)}{event.message}", "yellow"
+        case OutOfMemoryHit():
+            return (
+                f"Out of memory in step {event.step} ({event.phase}, micro-batch {event.micro_batch_tokens:,} tokens)",
+                "yellow",
+            )
+        case Recovered():
+            return f"Step {event.step} is done again with a smaller layout, nothing lost: {event.what}", "yellow"
+        case SampleGenerated():
+            return f"Step {event.step}: {_one_line(event.prompt, 60)} → {_one_line(event.answer, 120)}", "dim"
+        case Started() if event.step:
+            return f"Resumed after step {event.step} of {event.steps} on {event.device}", ""
+        case _:
+            return None
+
+
+def plain_line(event: Event, state: RunState, predicted_peak_bytes: int) -> str | None:
+    """What an event is worth where no line can be redrawn; None when nothing."""
+    match event:
+        case PhaseChanged(fraction=None) | PhaseChanged(fraction=0.0):
+            return PHASES[event.name] + (f": {event.detail}" if event.detail else "")
+        case CheckpointSaved():
+            return f"Step {event.step}: checkpoint saved"
+        case StepDone():
+            eta = "" if event.eta_seconds is None else f", ETA {format_seconds(event.eta_seconds)}"
+            return (
+                f"Step {event.step}/{state.steps}: loss {event.loss:.4f}, {event.tokens_per_second:,.0f} tokens/s, "
+                f"{memory_text(state, predicted_peak_bytes)}{eta}"
+            )
+        case _:
+            return None
+
+
+def memory_text(state: RunState, predicted_peak_bytes: int) -> str:
+    """`0.92, peak 1.02 of 1.05 GiB predicted`: live now, highest so far, and what the plan said."""
+    if state.live_bytes is None or state.peak_bytes is None:
+        return f"memory n/a of {format_gib(predicted_peak_bytes)} predicted"
+    live, peak = state.live_bytes / GIB, state.peak_bytes / GIB
+    return f"memory {live:.2f}, peak {peak:.2f} of {predicted_peak_bytes / GIB:.2f} GiB predicted"
+
+
+def plan_lines(plan: TrainPlan) -> list[str]:
+    """A plan in short: what is trained, each choice, memory against the budget, warnings."""
+    recipe = plan.spec.recipe
+    lines = [f"Plan     {recipe.base.model}, {plan.steps:,} steps of {recipe.samples_per_step} samples"]
+    if plan.data is not None:
+        lines[0] += f", {plan.data.train_samples:,} samples ({plan.data.tokens:,} tokens)"
+    words = [
+        f"{choice.what} {choice.value}" + ("" if choice.origin == "auto" else f" ({choice.origin})")
+        for choice in plan.choices
+    ]
+    lines += _wrapped("Choices  ", words)
+    peak = plan.memory.peak
+    budget = plan.spec.budget_bytes
+    against = f" of {format_gib(budget)}" if budget else ""
+    where = "on the CPU" if plan.spec.device == "cpu" else "on the card"
+    lines.append(f"Memory   {format_gib(peak.total_bytes)}{against} predicted at the peak ({peak.name}), {where}")
+    if plan.seconds is not None:
+        lines.append(f"Time     about {format_seconds(plan.seconds)}")
+    lines += [f"Note     {text}" for text in plan.notes]
+    return lines
+
+
+def _wrapped(head: str, words: list[str], width: int = 100) -> list[str]:
+    lines: list[str] = []
+    current = head
+    for index, word in enumerate(words):
+        piece = word if index == len(words) - 1 else f"{word} · "
+        if len(current) + len(piece) > width and current.strip():
+            lines.append(current.rstrip())
+            current = " " * len(head)
+        current += piece
+    return [*lines, current] if words else lines
+
+
+def summary_lines(ending: Finished, run_path: str, model: str) -> list[str]:
+    """How a run ended, its numbers, and what to type next."""
+    name = ending.published or f"{run_path}/{ending.adapter}"
+    verb = "Stopped and saved" if ending.stopped else "Trained"
+    lines = [
+        f"{verb} {name}: {ending.step:,} steps in {format_seconds(ending.train_seconds)}, "
+        f"{ending.tokens_per_second:,.0f} tokens/s"
+    ]
+    losses = [
+        f"{label} {loss:.4f}"
+        for label, loss in (("training", ending.train_loss), ("held out", ending.eval_loss))
+        if loss is not None
+    ]
+    if losses:
+        lines.append("Loss     " + ", ".join(losses))
+    lines.append(f"Memory   {peak_text(ending.measured_peak_bytes, ending.predicted_peak_bytes)}")
+    adapter = ending.published.partition("@")[0] or name
+    lines.append(f"Next     edgepeft chat {model} --adapter {adapter}")
+    lines.append(f"         edgepeft eval {model} --adapter {adapter} --data FILE")
+    return lines
+
+
+def peak_text(measured_bytes: int, predicted_bytes: int) -> str:
+    """Both peaks, and by how much the measured one is off the prediction."""
+    text = f"peak {format_bytes(measured_bytes)} measured, {format_bytes(predicted_bytes)} predicted"
+    if predicted_bytes <= 0:
+        return text
+    return f"{text} ({100 * (measured_bytes / predicted_bytes - 1):+.1f} %)"
+
+
+def progress_text(state: RunState) -> str:
+    """`412/900`, or a dash before anything is known."""
+    return f"{state.step}/{state.steps}" if state.steps else "–"
+
+
+def age_text(moment: float | None) -> str:
+    """How long ago, in one unit."""
+    if moment is None:
+        return "n/a"
+    seconds = max(0.0, time.time() - moment)
+    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= size:
+            return f"{int(seconds // size)} {unit}"
+    return f"{int(seconds)} s"
+
+
+def _at_step(step: int | None) -> str:
+    return f"Step {step}: " if step is not None else ""
+
+
+def _one_line(text: str, limit: int) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= limit else flat[: limit - 1] + "…"
