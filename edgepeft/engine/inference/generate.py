@@ -1,7 +1,7 @@
 """Token by token: one streamed answer, or many answers in a batch.
 
-Both end at a stop token, at `max_new_tokens`, at the context limit or when cancelled, and both take the same path through
-the model as training does, without a graph.
+Both end at a stop token, at `max_new_tokens`, at the context limit or when cancelled, and both take the same path
+through the model as training does, without a graph.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from edgepeft.errors import BadInput, DoesNotFit, OutOfMemory
 _PREFILL_TOKENS = 512
 """Prompt tokens that go through the model at once; bounds memory, and a cancel waits no longer than one of them."""
 _COMPACT_SHARE = 0.75
-"""Finished rows are cut out of the cache when fewer than this share of its rows still speaks; cutting copies the cache."""
+"""Finished rows are cut out of the cache when at most this share of its rows still speaks; cutting copies the rest."""
 
 Cancelled = Callable[[], bool]
 

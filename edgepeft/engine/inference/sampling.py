@@ -1,8 +1,8 @@
 """How the next token is drawn from a row of logits.
 
-Top-k (Fan et al. 2018, arXiv 1805.04833), nucleus or top-p (Holtzman et al. 2020, arXiv 1904.09751), min-p (Nguyen et al.
-2024, arXiv 2407.01082) and the repetition penalty (Keskar et al. 2019, arXiv 1909.05858). They apply in that order after
-the temperature, each to what the one before it left; the penalty comes first, on the raw logits.
+Top-k (Fan et al. 2018, arXiv 1805.04833), nucleus or top-p (Holtzman et al. 2020, arXiv 1904.09751), min-p (Nguyen et
+al. 2024, arXiv 2407.01082) and the repetition penalty (Keskar et al. 2019, arXiv 1909.05858). They apply in that order
+after the temperature, each to what the one before it left; the penalty comes first, on the raw logits.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from transformers import DynamicCache
 from edgepeft.chat.protocol import AdapterUse
 from edgepeft.engine.methods import detach, set_active
 from edgepeft.engine.methods.peft_files import read_adapter
+from edgepeft.engine.model.frozen import DTYPES
 from edgepeft.engine.model.load import LoadedModel
 from edgepeft.errors import BadInput, DoesNotFit
 from edgepeft.units import format_bytes
@@ -60,7 +61,7 @@ class Session:
     def cache_token_bytes(self) -> int:
         """Bytes of keys and values that one token of one conversation needs."""
         shape = self.loaded.shape
-        return 2 * shape.layers * shape.kv_heads * shape.head_dim * self.loaded.compute_dtype.itemsize
+        return 2 * shape.layers * shape.kv_heads * shape.head_dim * DTYPES[self.loaded.compute_dtype].itemsize
 
     def token_limit(self, rows: int = 1) -> int:
         """Longest sequence in tokens, prompt and answer together, for each of `rows` conversations."""
