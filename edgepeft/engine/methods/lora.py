@@ -1,0 +1,88 @@
+"""The tensors of LoRA; its config, paper and counts are in edgepeft.methods.lora.
+
+`x Wᵀ + s (x Aᵀ) Bᵀ` with A [rank, in] and B [out, rank]. A and B and their gradients are float32; products run in the
+compute dtype, always through the small rank first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from edgepeft.engine.methods.dropout import PackedSamples, current_samples
+from edgepeft.methods.lora import LoraConfig
+
+
+class LoraUpdate:
+    """A and B of one linear layer (Hu et al. 2021, arXiv 2106.09685).
+
+    `factor` is the trained scale s of this module; dropout acts on the update's input as in PEFT.
+    """
+
+    def __init__(self, A: nn.Parameter, B: nn.Parameter, factor: float, module: str, dropout: float = 0.0) -> None:
+        self.A = A
+        self.B = B
+        self.factor = factor
+        self.module = module
+        self.dropout = dropout
+
+    @classmethod
+    def initialised(
+        cls, config: LoraConfig, shape: tuple[int, int], module: str, seed: int, device: torch.device
+    ) -> LoraUpdate:
+        """A uniform within ±1/√in as PEFT draws it, B zero, for a weight of `shape` [out, in].
+
+        The draw depends on the seed and the module's name alone, not on the order in which modules are visited.
+        """
+        out_features, in_features = shape
+        digest = hashlib.blake2b(f"{seed}\x1f{module}".encode(), digest_size=8).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+        A = torch.empty(config.rank, in_features)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
+        B = torch.zeros(out_features, config.rank)
+        return cls(nn.Parameter(A.to(device)), nn.Parameter(B.to(device)), config.scale, module, config.dropout)
+
+    def named_tensors(self) -> dict[str, nn.Parameter]:
+        """A and B under the names that PEFT's files use."""
+        return {"lora_A.weight": self.A, "lora_B.weight": self.B}
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """A and B."""
+        return self.A, self.B
+
+    def add_forward(self, x: Tensor, y: Tensor, scale: float) -> tuple[Tensor, ...]:
+        """y += s (x Aᵀ) Bᵀ; keeps x Aᵀ, of [tokens, rank]."""
+        samples = current_samples() if self.dropout else None
+        if samples is not None:
+            x = x * self._mask(samples, x)
+        inner = x @ self.A.to(x.dtype).t()
+        y.addmm_(inner, self.B.to(x.dtype).t(), alpha=self.factor * scale)
+        return (inner,)
+
+    def add_backward(
+        self, x: Tensor | None, g: Tensor, grad_x: Tensor | None, scale: float, kept: tuple[Tensor, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """dB = s gᵀ(x Aᵀ), dA = s (g B)ᵀ x, and s (g B) A is added to grad_x."""
+        samples = current_samples() if self.dropout else None
+        (inner,) = kept
+        factor = self.factor * scale
+        g_inner = (g @ self.B.to(g.dtype)).mul_(factor)
+        mask = None if samples is None else self._mask(samples, g, self.A.shape[1])
+        if grad_x is not None:
+            if mask is None:
+                grad_x.addmm_(g_inner, self.A.to(g.dtype))
+            else:
+                grad_x += (g_inner @ self.A.to(g.dtype)).mul_(mask)
+        if x is None:
+            return None, None
+        seen = x if mask is None else x * mask
+        grad_B = (g.t() @ inner).to(self.B.dtype).mul_(factor)
+        return (g_inner.t() @ seen).to(self.A.dtype), grad_B
+
+    def _mask(self, samples: PackedSamples, like: Tensor, width: int | None = None) -> Tensor:
+        if samples.tokens != like.shape[0]:
+            raise ValueError(f"the dropout context names {samples.tokens} tokens, the layer has {like.shape[0]}")
+        return samples.mask(self.module, width or like.shape[1], self.dropout, device=like.device, dtype=like.dtype)
