@@ -1,0 +1,352 @@
+"""Attention over packed rows: several samples lie one behind the other in a row, and none sees another.
+
+Where a sample ends is said by `packed(lengths)`, which must be in force in forward and in backward (checkpointing runs
+the forward again there). No mask of [tokens, tokens] is built: each sample is attended to by itself, at a cost that
+grows with the sample's length and not with the row's.
+
+The function is registered with transformers under `PACKED`; a model uses it after `use_packed_attention(model)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from edgepeft.errors import BadInput
+
+PACKED = "edgepeft_packed"
+
+_ROWS = 256  # query rows whose scores exist at one time: bounds the workspace, and skips half of a long triangle
+
+
+class Segments:
+    """The samples of one packed row: their lengths, and what the kernels want to know of them."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = tuple(lengths)
+        self.starts = (0, *accumulate(self.lengths))
+        self.longest = max(self.lengths)
+        self._offsets: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Length of the row."""
+        return self.starts[-1]
+
+    def offsets(self, device: torch.device) -> Tensor:
+        """Cumulative lengths, int32 [samples + 1] on `device`; made once a batch."""
+        if self._offsets is None or self._offsets.device != device:
+            self._offsets = torch.tensor(self.starts, dtype=torch.int32, device=device)
+        return self._offsets
+
+
+# A plain global: backward on CUDA runs in another thread, which sees neither thread-locals nor context variables.
+_current: Segments | None = None
+
+
+@contextmanager
+def packed(lengths: Sequence[int]) -> Iterator[Segments]:
+    """Says which samples the row holds, for every forward and backward inside the block.
+
+    Args:
+        lengths: tokens of each sample, in the order they lie in the row.
+    """
+    global _current
+    before, segments = _current, Segments(lengths)
+    _current = segments
+    try:
+        yield segments
+    finally:
+        _current = before
+
+
+def use_packed_attention(model: nn.Module) -> None:
+    """Switches a transformers model to packed attention.
+
+    Raises:
+        BadInput: its attention needs something that packed rows cannot give exactly.
+    """
+    config: Any = model.config
+    if "chunked_attention" in (getattr(config, "layer_types", None) or ()):
+        raise BadInput(f"{type(model).__name__} attends in chunks, which training cannot do yet")
+    set_implementation: Any = model.set_attn_implementation
+    set_implementation(PACKED)
+
+
+def packed_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    is_causal: bool | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention within each sample of a packed row, as transformers calls it.
+
+    Args:
+        module: the attention layer; unused but part of transformers' signature.
+        query: [1, heads, tokens, head_dim].
+        key: [1, kv_heads, tokens, head_dim]; each of its heads serves heads / kv_heads query heads.
+        value: [1, kv_heads, tokens, value_dim].
+        attention_mask: must be None: what may be seen follows from the packing.
+        scaling: factor of the scores; None stands for 1 / √head_dim.
+        dropout: must be 0.
+        sliding_window: a token sees this many tokens, itself included; None means all before it.
+        softcap: scores s become c · tanh(s / c) (Gemma 2, arXiv 2408.00118).
+        s_aux: attention sinks; refused.
+        is_causal: must not be False.
+
+    Returns:
+        [1, tokens, heads, value_dim], and None for the weights.
+
+    Raises:
+        BadInput: the layer asks for something else than causal attention.
+    """
+    if attention_mask is not None or dropout or s_aux is not None or is_causal is False:
+        what = (
+            "an attention mask of its own"
+            if attention_mask is not None
+            else "attention dropout"
+            if dropout
+            else "attention sinks"
+            if s_aux is not None
+            else "attention in both directions"
+        )
+        raise BadInput(f"this model uses {what}, which packed training cannot do exactly", where=type(module).__name__)
+    segments = _current
+    if segments is None or segments.tokens != query.shape[2] or query.shape[0] != 1:
+        if segments is not None or query.shape[0] != 1:
+            shape = tuple(query.shape)
+            raise RuntimeError(f"packed({None if segments is None else segments.lengths}) does not fit queries {shape}")
+        segments = Segments([query.shape[2]])
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    window = sliding_window if sliding_window is not None and segments.longest > sliding_window else None
+    same_width = query.shape[-1] == value.shape[-1]
+    if softcap is None and same_width and _has_varlen(query):
+        return _varlen(query, key, value, segments, scale, window), None
+    if softcap is None and window is None and query.device.type != "cpu":
+        return _by_sample(query, key, value, segments, scale), None
+    fused = softcap is None and window is None and same_width and query.device.type == "cpu"
+    apply: Any = _BlockAttention.apply
+    out: Tensor = apply(query, key, value, segments, scale, window, softcap, fused)
+    return out, None
+
+
+def _no_dense_mask(*, use_vmap: bool = False, **_: Any) -> None:
+    """Stands where transformers would build a mask of [tokens, tokens]; layers with rules of their own are refused."""
+    if use_vmap:
+        raise BadInput("this model changes which tokens see each other, which packed training cannot do exactly")
+
+
+AttentionInterface.register(PACKED, packed_attention)
+AttentionMaskInterface.register(PACKED, _no_dense_mask)
+
+
+def _has_varlen(query: Tensor) -> bool:
+    """Whether the flash kernel for packed rows takes these: 16 bit, Ampere or newer, heads of at most 256 entries."""
+    return (
+        query.device.type == "cuda"
+        and query.dtype in (torch.bfloat16, torch.float16)
+        and query.shape[-1] <= 256
+        and torch.version.hip is None
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
+    """All samples in one launch of the flash kernel (torch.nn.attention.varlen)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    offsets = segments.offsets(query.device)
+    out = varlen_attn(
+        query[0].transpose(0, 1),
+        key[0].transpose(0, 1),
+        value[0].transpose(0, 1),
+        offsets,
+        offsets,
+        segments.longest,
+        segments.longest,
+        scale=scale,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    return out.unsqueeze(0)
+
+
+def _by_sample(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float) -> Tensor:
+    """Sample by sample through the memory-efficient kernel, for cards before Ampere and other devices."""
+    grouped = query.shape[1] != key.shape[1]
+    parts = []
+    for start, length in zip(segments.starts, segments.lengths, strict=False):
+        q, k, v = (x.narrow(2, start, length) for x in (query, key, value))
+        if grouped:
+            # The memory-efficient kernel knows no grouped heads, and the math fallback would build the full scores.
+            k, v = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (k, v))
+        parts.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2))
+    return torch.cat(parts, dim=1)
+
+
+class _BlockAttention(torch.autograd.Function):
+    """Exact attention in blocks of query rows; keeps queries, keys and values only.
+
+    On the CPU the forward is the flash kernel. The backward is ours on purpose: it forms the probabilities of a
+    block again by plain matrix products, which is several times faster there than the kernel's own backward in 16 bit.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        segments: Segments,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        fused: bool,
+    ) -> Tensor:
+        _, heads, tokens, _ = query.shape
+        kv_heads = key.shape[1]
+        group = heads // kv_heads
+        out = query.new_empty(1, tokens, heads, value.shape[-1])
+        # Heads that share a key become rows of one product: [kv_heads, group, tokens, head_dim].
+        q = _grouped(query[0], kv_heads)
+        k, v = key[0], value[0]
+        target = _grouped(out[0].transpose(0, 1), kv_heads)
+        for start, length in zip(segments.starts, segments.lengths, strict=False):
+            if fused:
+                wide_k, wide_v = (x.narrow(1, start, length).unsqueeze(1).expand(-1, group, -1, -1) for x in (k, v))
+                part, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                    q.narrow(2, start, length), wide_k, wide_v, 0.0, True, scale=scale
+                )
+                target.narrow(2, start, length).copy_(part)
+                continue
+            for block in _blocks(start, length, window):
+                weights, _ = block.probabilities(block.rows(q, 2) * scale, block.keys(k, 1), softcap)
+                part = torch.bmm(weights.flatten(1, 2), block.keys(v, 1))
+                block.rows(target, 2).copy_(part.view(kv_heads, group, -1, part.shape[-1]))
+        ctx.save_for_backward(query, key, value)
+        ctx.options = (segments, scale, window, softcap)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value = ctx.saved_tensors
+        segments, scale, window, softcap = ctx.options
+        kv_heads = key.shape[1]
+        q = _grouped(query[0], kv_heads)
+        g = _grouped(grad_out[0].transpose(0, 1), kv_heads)
+        k, v = key[0], value[0]
+        # The gradients take the layout [tokens, heads, head_dim] that the projections before them produce and consume.
+        grad_query, grad_key, grad_value = (
+            torch.empty_like(x.transpose(1, 2)).transpose(1, 2) for x in (query, key, value)
+        )
+        dq = _grouped(grad_query[0], kv_heads)
+        dk, dv = grad_key[0], grad_value[0]
+        for start, length in zip(segments.starts, segments.lengths, strict=False):
+            blocks = _blocks(start, length, window)
+            several = len(blocks) > 1
+            # Sums over blocks are kept in float32: 16 bit would round once a block.
+            dk_sum, dv_sum = (
+                torch.zeros(x.shape[0], length, x.shape[2], dtype=torch.float32, device=x.device) if several else None
+                for x in (k, v)
+            )
+            for block in blocks:
+                scaled = block.rows(q, 2) * scale
+                keys, values = block.keys(k, 1), block.keys(v, 1)
+                weights, slope = block.probabilities(scaled, keys, softcap)
+                part = block.rows(g, 2).flatten(1, 2)
+                dv_part = torch.bmm(weights.flatten(1, 2).transpose(1, 2), part)
+                d_weights = torch.bmm(part, values.transpose(1, 2)).view_as(weights)
+                d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+                if slope is not None:
+                    d_scores = d_scores.mul_(slope)
+                d_scores = d_scores.flatten(1, 2)
+                block.rows(dq, 2).copy_(torch.bmm(d_scores, keys).mul_(scale).view_as(scaled))
+                dk_part = torch.bmm(d_scores.transpose(1, 2), scaled.flatten(1, 2))
+                if dk_sum is None or dv_sum is None:
+                    block.keys(dk, 1).copy_(dk_part)
+                    block.keys(dv, 1).copy_(dv_part)
+                else:
+                    dk_sum[:, block.first_key - start : block.end - start] += dk_part
+                    dv_sum[:, block.first_key - start : block.end - start] += dv_part
+            if dk_sum is not None and dv_sum is not None:
+                dk.narrow(1, start, length).copy_(dk_sum)
+                dv.narrow(1, start, length).copy_(dv_sum)
+        return grad_query, grad_key, grad_value, None, None, None, None, None
+
+
+def _grouped(x: Tensor, kv_heads: int) -> Tensor:
+    """[heads, …] as [kv_heads, heads / kv_heads, …], a view."""
+    return x.view(kv_heads, -1, *x.shape[1:])
+
+
+class _Block:
+    """Query rows [begin, end) of one sample, and the keys from `first_key` that the earliest of them may see."""
+
+    def __init__(self, begin: int, end: int, first_key: int, window: int | None) -> None:
+        self.begin = begin
+        self.end = end
+        self.first_key = first_key
+        self.window = window
+
+    def rows(self, x: Tensor, dim: int) -> Tensor:
+        return x.narrow(dim, self.begin, self.end - self.begin)
+
+    def keys(self, x: Tensor, dim: int) -> Tensor:
+        return x.narrow(dim, self.first_key, self.end - self.first_key)
+
+    def probabilities(self, scaled: Tensor, keys: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+        """Softmax of the block's scores, [kv_heads, group, rows, keys], and the slope of the soft cap if there is one.
+
+        Args:
+            scaled: queries times the scale, [kv_heads, group, rows, head_dim].
+            keys: [kv_heads, keys, head_dim].
+            softcap: see `packed_attention`.
+        """
+        group, rows = scaled.shape[1:3]
+        scores = torch.bmm(scaled.flatten(1, 2), keys.transpose(1, 2)).view(-1, group, rows, keys.shape[1])
+        slope = None
+        if softcap is not None:
+            bent = scores.div_(softcap).tanh_()
+            slope = 1 - bent.square()
+            scores = bent * softcap
+        scores = self._hide(scores)
+        return scores.softmax(-1), slope
+
+    def _hide(self, scores: Tensor) -> Tensor:
+        rows = self.end - self.begin
+        if self.window is None:
+            # Only the last `rows` keys can lie in the future of some row.
+            future = torch.ones(rows, rows, dtype=torch.bool, device=scores.device).triu_(1)
+            scores.narrow(-1, scores.shape[-1] - rows, rows).masked_fill_(future, float("-inf"))
+            return scores
+        row = torch.arange(self.begin, self.end, device=scores.device).unsqueeze(1)
+        column = torch.arange(self.first_key, self.end, device=scores.device)
+        return scores.masked_fill_((column > row) | (column <= row - self.window), float("-inf"))
+
+
+def _blocks(start: int, length: int, window: int | None) -> list[_Block]:
+    """The blocks of a sample at [start, start + length)."""
+    end = start + length
+    return [
+        _Block(begin, min(begin + _ROWS, end), start if window is None else max(start, begin - window + 1), window)
+        for begin in range(start, end, _ROWS)
+    ]

@@ -1,0 +1,83 @@
+"""From samples to packed rows: which tokens go in, and which of their positions are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgepeft.data.packing import pack
+
+if TYPE_CHECKING:
+    from edgepeft.data.prepare import TokenTable
+
+
+class Sample(NamedTuple):
+    """One sample as training needs it."""
+
+    number: int
+    """Its place in the table; seeds its dropout."""
+    ids: np.ndarray
+    """int32 [tokens]: cut behind the last token that predicts a trained one, since nothing later is learned from."""
+    rows: np.ndarray
+    """int64 [trained]: positions whose next token is trained."""
+    targets: np.ndarray
+    """int64 [trained]: that next token."""
+
+
+class MicroBatch(NamedTuple):
+    """Samples packed into one row."""
+
+    input_ids: Tensor
+    """int64 [1, tokens]."""
+    position_ids: Tensor
+    """int64 [1, tokens], from 0 again in each sample."""
+    rows: Tensor
+    """int64 [trained]: positions in the row whose next token is trained."""
+    targets: Tensor
+    """int64 [trained]."""
+    lengths: list[int]
+    """Tokens of each sample, in order."""
+    samples: list[int]
+    """Index of each sample in its table, in order."""
+
+
+def read_samples(table: TokenTable, indices: Sequence[int]) -> list[Sample]:
+    """The samples at `indices` that have something to train; the others could not change anything."""
+    samples = []
+    for index in indices:
+        ids, mask = table.sample(index)
+        # The first token has nothing before it that could predict it.
+        rows = np.flatnonzero(mask[1:])
+        if rows.size:
+            targets = ids[rows + 1].astype(np.int64)
+            samples.append(Sample(index, ids[: int(rows[-1]) + 1], rows.astype(np.int64), targets))
+    return samples
+
+
+def plan_micro_batches(samples: Sequence[Sample], micro_batch_tokens: int) -> list[list[Sample]]:
+    """How the samples of a step are packed; a pure function of them and the cap."""
+    groups = pack([len(sample.ids) for sample in samples], micro_batch_tokens)
+    return [[samples[index] for index in group] for group in groups]
+
+
+def build_micro_batch(samples: Sequence[Sample], device: torch.device) -> MicroBatch:
+    """One packed row on `device`."""
+    lengths = [len(sample.ids) for sample in samples]
+    starts = np.cumsum([0, *lengths[:-1]])
+    rows = np.concatenate([sample.rows + start for sample, start in zip(samples, starts, strict=True)])
+
+    def place(values: np.ndarray) -> Tensor:
+        return torch.from_numpy(values.astype(np.int64)).to(device, non_blocking=True)
+
+    return MicroBatch(
+        input_ids=place(np.concatenate([sample.ids for sample in samples])).unsqueeze(0),
+        position_ids=place(np.concatenate([np.arange(length) for length in lengths])).unsqueeze(0),
+        rows=place(rows),
+        targets=place(np.concatenate([sample.targets for sample in samples])),
+        lengths=lengths,
+        samples=[sample.number for sample in samples],
+    )

@@ -1,0 +1,188 @@
+"""Cross-entropy over the vocabulary without ever holding the logits of all tokens.
+
+Only rows whose next token is trained are multiplied with the output head, a chunk of rows at a time; the gradient with
+respect to the hidden states is made in the forward, while the chunk's logits exist (compare Wijmans et al. 2024, *Cut
+Your Losses*, arXiv 2411.09009, and Hsu et al. 2024, *Liger Kernel*, arXiv 2410.10989). Maximum, sum of exponentials and
+loss are float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from edgepeft.errors import BadInput
+
+_BLOCK_BYTES = {"cpu": 4 << 20}
+"""Float32 scratch at one time: on the CPU what stays in its caches, elsewhere what keeps launches few."""
+_BLOCK_BYTES_ELSEWHERE = 64 << 20
+
+
+class Head(NamedTuple):
+    """The output head: logits = cap · tanh((hidden · weightᵀ + bias) · scale / cap)."""
+
+    weight: Tensor
+    """[vocabulary, hidden]."""
+    bias: Tensor | None = None
+    """[vocabulary]."""
+    scale: float = 1.0
+    """Granite divides by `logits_scaling`, Cohere multiplies by `logit_scale`."""
+    softcap: float | None = None
+    """`final_logit_softcapping` of the Gemma family; None where logits are not capped."""
+
+
+def head_of(model: nn.Module, weight: Tensor) -> Head:
+    """The head of a transformers causal LM, as its config describes it.
+
+    Args:
+        model: the whole model; its config and its output embeddings are read.
+        weight: the head's matrix, [vocabulary, hidden].
+    """
+    config: Any = model.config
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    scale = float(getattr(config, "logit_scale", None) or 1.0) * float(
+        getattr(config, "lm_head_multiplier", None) or 1.0
+    )
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    softcap = getattr(config, "final_logit_softcapping", None)
+    outputs: Any = model.get_output_embeddings()  # type: ignore[operator]
+    bias = getattr(outputs, "bias", None)
+    return Head(weight, None if bias is None else bias.detach(), scale, None if softcap is None else float(softcap))
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, hidden: Tensor, head: Head, logits: Tensor) -> None:
+    """Compares our logits with the model's own, so that a head that does something else is never trained wrongly.
+
+    Args:
+        model: named in the error.
+        hidden: [rows, hidden], after the final norm.
+        head: ours.
+        logits: [rows, vocabulary], the model's own for the same rows.
+
+    Raises:
+        BadInput: they differ by more than rounding.
+    """
+    ours = _bend(_logits(hidden, head).float(), head)
+    theirs = logits.float()
+    worst = (ours - theirs).abs().max().item()
+    spread = theirs.abs().max().item()
+    exact = hidden.dtype == torch.float32
+    if not worst <= spread * (1e-4 if exact else 0.05) + 1e-6:
+        raise BadInput(
+            f"the output head of {type(model).__name__} does something that edgepeft does not know",
+            hint="Its logits differ from hidden states times the head; use another base model",
+        )
+
+
+def summed_loss(hidden: Tensor, rows: Tensor, targets: Tensor, head: Head, chunk_tokens: int) -> Tensor:
+    """The summed negative log-likelihood of the trained tokens, natural logarithm, as a float32 scalar.
+
+    Divide by the number of trained tokens of the whole optimizer step, not of the micro-batch.
+
+    Args:
+        hidden: [1, tokens, hidden], after the final norm, in the compute dtype; the only input that gets a gradient.
+        rows: int64 [trained], positions whose next token is trained, each at most once.
+        targets: int64 [trained], that next token.
+        head: the frozen output head.
+        chunk_tokens: rows whose logits exist at one time.
+    """
+    apply: Any = _SummedLoss.apply
+    loss: Tensor = apply(hidden, rows, targets, head, chunk_tokens, hidden.requires_grad and torch.is_grad_enabled())
+    return loss
+
+
+class _SummedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, rows: Tensor, targets: Tensor, head: Head, chunk_tokens: int, with_gradient: bool
+    ) -> Tensor:
+        count = rows.shape[0]
+        width = hidden.shape[-1]
+        flat = hidden.reshape(-1, width)
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        gradient = hidden.new_empty(count, width) if with_gradient else None
+        chunk_tokens = min(chunk_tokens, max(count, 1))
+        # One buffer serves every chunk: mapping fresh pages costs as much as a pass over them.
+        buffer = hidden.new_empty(chunk_tokens, head.weight.shape[0]) if count else None
+        for begin in range(0, count, chunk_tokens):
+            picked = flat.index_select(0, rows[begin : begin + chunk_tokens])
+            assert buffer is not None
+            logits = _logits(picked, head, out=buffer[: picked.shape[0]])
+            total += _losses_in_place(logits, targets[begin : begin + chunk_tokens], head, with_gradient)
+            if gradient is not None:
+                torch.mm(logits, head.weight, out=gradient[begin : begin + picked.shape[0]])
+        if gradient is not None:
+            ctx.save_for_backward(rows, gradient)
+        ctx.shape = hidden.shape
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        rows, gradient = ctx.saved_tensors
+        full = gradient.new_zeros(ctx.shape)
+        full.view(-1, ctx.shape[-1]).index_copy_(0, rows, gradient * grad_loss.to(gradient.dtype))
+        return full, None, None, None, None, None
+
+
+def _logits(picked: Tensor, head: Head, out: Tensor | None = None) -> Tensor:
+    """Hidden states times the head, before scale and cap, [rows, vocabulary]."""
+    if head.bias is None:
+        return torch.mm(picked, head.weight.t(), out=out)
+    return torch.addmm(head.bias, picked, head.weight.t(), out=out)
+
+
+def _bend(logits: Tensor, head: Head) -> Tensor:
+    """Scale and soft cap, in place."""
+    if head.scale != 1.0:
+        logits.mul_(head.scale)
+    if head.softcap is not None:
+        logits.div_(head.softcap).tanh_().mul_(head.softcap)
+    return logits
+
+
+def _losses_in_place(logits: Tensor, targets: Tensor, head: Head, with_gradient: bool) -> Tensor:
+    """The summed loss of a chunk; with a gradient, `logits` is overwritten by it.
+
+    Args:
+        logits: [rows, vocabulary] in the compute dtype, before scale and cap.
+        targets: [rows].
+        head: its scale and cap.
+        with_gradient: whether to leave the derivative with respect to the unscaled, uncapped logits in `logits`.
+    """
+    count, vocabulary = logits.shape
+    block_bytes = _BLOCK_BYTES.get(logits.device.type, _BLOCK_BYTES_ELSEWHERE)
+    step = max(1, min(count, block_bytes // (4 * vocabulary)))
+    scratch = torch.empty(step, vocabulary, dtype=torch.float32, device=logits.device)
+    total = torch.zeros((), dtype=torch.float32, device=logits.device)
+    for begin in range(0, count, step):
+        block = logits[begin : begin + step]
+        index = targets[begin : begin + step].unsqueeze(1)
+        values = scratch[: block.shape[0]]
+        values.copy_(block)
+        _bend(values, head)
+        wanted = values.gather(1, index)
+        slope = None
+        if head.softcap is not None and with_gradient:
+            slope = (values / head.softcap).square_().neg_().add_(1)
+        top = values.amax(1, keepdim=True)
+        sums = values.sub_(top).exp_().sum(1, keepdim=True)
+        total += (sums.log() + top - wanted).sum()
+        if not with_gradient:
+            continue
+        likelihood = values.gather(1, index) / sums
+        # Softmax minus one-hot; the target's entry is formed in float32, since 1 - p would lose it in 16 bit.
+        if slope is None and head.scale == 1.0:
+            torch.mul(values, sums.reciprocal_(), out=block)
+            block.scatter_(1, index, (likelihood - 1).to(block.dtype))
+            continue
+        values.div_(sums).scatter_(1, index, likelihood - 1)
+        if slope is not None:
+            values.mul_(slope)
+        block.copy_(values.mul_(head.scale))
+    return total

@@ -1,0 +1,69 @@
+"""The optimizer step: AdamW, the learning rate of each step, clipping, and what happens when numbers are not finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from edgepeft.errors import EdgepeftError
+from edgepeft.spec import Optimizer, Schedule
+
+PATIENCE_STEPS = 5
+"""Steps with numbers that are not finite, one after the other, until a run gives up."""
+
+
+def make_adamw(parameters: Sequence[nn.Parameter], settings: Optimizer) -> torch.optim.AdamW:
+    """AdamW (arXiv 1711.05101) over float32 adapter parameters, one fused kernel a step."""
+    return torch.optim.AdamW(
+        parameters,
+        lr=settings.learning_rate,
+        betas=(settings.beta1, settings.beta2),
+        eps=settings.epsilon,
+        weight_decay=settings.weight_decay,
+        fused=True,
+    )
+
+
+def learning_rate_at(step: int, steps: int, settings: Optimizer, schedule: Schedule) -> float:
+    """The rate of optimizer step `step`, counted from 0, of `steps`; a pure function, so resuming needs no state.
+
+    Linear warm-up reaches the peak at its last step; the decay reaches `final_fraction` when all steps are done.
+    """
+    peak = settings.learning_rate
+    warmup = min(steps - 1, math.ceil(schedule.warmup_fraction * steps))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, steps - warmup))
+    if schedule.name == "constant":
+        return peak
+    share = 1 - progress if schedule.name == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+    return peak * (schedule.final_fraction + (1 - schedule.final_fraction) * share)
+
+
+class FiniteWatch:
+    """Counts steps whose loss or gradient was not finite; such a step is skipped, several in a row end the run."""
+
+    def __init__(self) -> None:
+        self.in_a_row = 0
+
+    def accepts(self, loss: float, grad_norm: float) -> bool:
+        """Whether the step may change the parameters.
+
+        Raises:
+            EdgepeftError: it is the fifth bad one in a row.
+        """
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.in_a_row = 0
+            return True
+        self.in_a_row += 1
+        if self.in_a_row >= PATIENCE_STEPS:
+            what = "loss" if not math.isfinite(loss) else "gradient"
+            raise EdgepeftError(
+                f"the {what} was not finite in {self.in_a_row} steps in a row, so training has diverged",
+                hint="Use a smaller learning rate, or compute in bf16 or fp32 instead of fp16; "
+                "the last checkpoint holds the state from before",
+            )
+        return False

@@ -1,0 +1,49 @@
+"""What to do when memory runs out inside a step: the same step again, in a smaller layout."""
+
+from __future__ import annotations
+
+import gc
+
+import msgspec
+import torch
+
+from edgepeft.spec import Layout
+
+_SMALLEST_CHUNK = 16
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether `error` says that memory ran out: CUDA's own error, or the plain RuntimeError of the CPU allocator."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    text = str(error)
+    return isinstance(error, RuntimeError) and (
+        "DefaultCPUAllocator" in text or "not enough memory" in text or "CUDA out of memory" in text
+    )
+
+
+def smaller_layout(layout: Layout, tokens: int, samples: int) -> tuple[Layout, str] | None:
+    """The next smaller layout and what changed in words; None when there is none left.
+
+    Args:
+        layout: the one in which memory ran out.
+        tokens: of the micro-batch in which it ran out.
+        samples: of it.
+    """
+    if samples > 1:
+        # A cap above what was really in the micro-batch would change nothing.
+        cap = max(1, min(layout.micro_batch_tokens, tokens) // 2)
+        return msgspec.structs.replace(layout, micro_batch_tokens=cap), f"micro-batches of at most {cap} tokens"
+    if layout.checkpointing == "none":
+        return msgspec.structs.replace(layout, checkpointing="layer"), "activation checkpointing switched on"
+    if layout.loss_chunk_tokens > _SMALLEST_CHUNK:
+        chunk = max(_SMALLEST_CHUNK, layout.loss_chunk_tokens // 4)
+        return msgspec.structs.replace(layout, loss_chunk_tokens=chunk), f"loss in chunks of {chunk} tokens"
+    return None
+
+
+def release_memory() -> None:
+    """Gives back what the failed attempt left behind."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
