@@ -48,6 +48,10 @@ class DataRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which tokens carry loss; `assistant` includes tool calls and the end-of-turn token."""
     system: str | None = None
     """A system message put before records that have none."""
+    template: str | None = None
+    """Chat template instead of the model's own: `chatml`, `plain`, or an absolute path."""
+    day: str = ""
+    """ISO date that a template which inserts today's date gets, so that a resumed run sees the same text."""
     eval_path: str | None = None
     """A separate held-out file; None splits `eval_fraction` off the training file."""
     eval_fingerprint: str | None = None

@@ -1,1 +1,1 @@
-"""What the model reads: formats, chat templates, loss masks, packing, statistics."""
+"""What the model reads: formats, chat template, loss mask, packing, statistics, and the token cache."""

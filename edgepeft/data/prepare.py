@@ -1,0 +1,361 @@
+"""From a data file to tokenized samples: read, rendered, masked, cached, and split into training and held out."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from edgepeft.data.conversation import RecordError
+from edgepeft.data.encode import Rendered, render_record, tokenize
+from edgepeft.data.records import LARGE_RECORD_CHARS, BadRecord, Format, RecordReader, detect_format
+from edgepeft.data.rows import check_file
+from edgepeft.data.schedule import split_held_out
+from edgepeft.data.template import ChatTemplate
+from edgepeft.data.tokens import Tokenizer, untrained_tokens
+from edgepeft.errors import BadInput
+from edgepeft.paths import atomic_path, disk_errors, home, write_atomic
+from edgepeft.spec import DataRef, TrainOn
+
+if TYPE_CHECKING:
+    from edgepeft.data.token_table import Indices, TokenFile, TokenTable
+
+Progress = Callable[[int, int], None]
+"""Called with bytes done and bytes in all."""
+_SCHEMA_VERSION = 1
+"""Raised whenever the same inputs would give other tokens or masks; old cache entries are then not found."""
+_SPLIT_SEED = 0
+_BATCH_RECORDS = 256
+_BATCH_CHARS = 1 << 20
+_MAX_SHOWN = 3
+
+
+class TokenCounts(msgspec.Struct, frozen=True):
+    """What tokenizing one file found; kept beside the cached tokens."""
+
+    format: Format
+    records: int
+    """Usable records."""
+    samples: int
+    bad: int
+    """Records that were skipped."""
+    unit: str
+    """What `line` counts: line or row."""
+    first_bad: tuple[BadRecord, ...]
+    """The first of them."""
+    with_loss: int
+    """Samples with at least one trained token."""
+    with_end: int
+    """Samples in which a token that ends an answer is trained."""
+    large: tuple[int, ...]
+    """Lines of records above a million characters."""
+    adapted: dict[str, int]
+    """What had to be changed to suit the template → samples."""
+
+
+class PreparedData(msgspec.Struct, frozen=True):
+    """Tokenized samples, ready to be scheduled."""
+
+    train: TokenTable
+    held_out: TokenTable
+    notes: tuple[str, ...]
+    """What the user should know, as sentences without a full stop."""
+    format: Format
+    counts: TokenCounts
+    """Of the training file, before the split."""
+
+
+def describe_data(
+    path: Path,
+    *,
+    format: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    train_on: TrainOn = "assistant",
+    eval_path: Path | None = None,
+    eval_fraction: float = 0.05,
+    system: str | None = None,
+    template: str | None = None,
+    day: datetime.date | None = None,
+) -> DataRef:
+    """Says which data is meant and how it is read: detects the format and takes the file's fingerprint.
+
+    Args:
+        template: `chatml`, `plain` or a file, instead of the model's own chat template.
+        day: what a template that inserts today's date gets; None is today.
+
+    Raises:
+        BadInput: a file cannot be read, or its format cannot be told.
+        UsageError: an option cannot be meant.
+    """
+    if not 0 <= eval_fraction < 1:
+        raise BadInput(
+            f"the held-out share {eval_fraction} is outside [0, 1)",
+            where="--eval-fraction",
+            hint="Give for example 0.05",
+        )
+    detection = detect_format(path, format, columns)
+    if eval_path is not None:
+        detect_format(eval_path, detection.format, columns)
+    if template is not None and template not in ("chatml", "plain"):
+        template = str(Path(template).absolute())
+    return DataRef(
+        path=str(path.absolute()),
+        fingerprint=fingerprint_file(path),
+        format=detection.format,
+        columns=dict(columns or {}),
+        train_on=train_on,
+        system=system,
+        template=template,
+        day=(day or datetime.date.today()).isoformat(),
+        eval_path=str(eval_path.absolute()) if eval_path else None,
+        eval_fingerprint=fingerprint_file(eval_path) if eval_path else None,
+        eval_fraction=eval_fraction,
+    )
+
+
+def load_template(data: DataRef, model_folder: Path) -> ChatTemplate | None:
+    """The template that `data` is rendered with, its date frozen; None for plain text.
+
+    Raises:
+        BadInput: the model has none and none is given.
+    """
+    if data.format == "text":
+        return None
+    template = ChatTemplate.load(model_folder, data.template)
+    day = datetime.date.fromisoformat(data.day) if data.day else datetime.date.today()
+    return template.freeze_date(day) if template.uses_date else template
+
+
+def prepare(data: DataRef, model_folder: Path, *, progress: Progress | None = None) -> PreparedData:
+    """The tokens of `data` for the model in `model_folder`, from the cache or made now.
+
+    Records are read as a stream and tokens written to a memory-mapped file: memory does not grow with the file.
+
+    Raises:
+        BadInput: a file is missing, changed or truncated; no record is usable; nothing, or no end of an answer, would
+            be trained; the model has no tokenizer or no chat template.
+        DiskProblem: the cache cannot be written.
+    """
+    import numpy as np
+
+    from edgepeft.data.token_table import TokenTable
+
+    tokenizer = Tokenizer.load(model_folder)
+    template = load_template(data, model_folder)
+    file, counts = _tokens(data, data.path, data.fingerprint, tokenizer, template, progress)
+    _check_trained(counts, data, tokenizer, template)
+    notes = _notes(data, data.path, counts, tokenizer, template)
+    if data.eval_path and data.eval_fingerprint:
+        held, held_counts = _tokens(data, data.eval_path, data.eval_fingerprint, tokenizer, template, progress)
+        notes += _notes(data, data.eval_path, held_counts, tokenizer, None)
+        train = TokenTable(file, np.flatnonzero(file.trained > 0))
+        held_out = TokenTable(held, np.flatnonzero(held.trained > 0))
+    else:
+        # Equal samples, and all samples of one record, stay on one side: what is held out is really new.
+        usable = np.flatnonzero(file.trained > 0)
+        groups = _groups(file.contents[usable], file.lines[usable])
+        train_groups, _ = split_held_out(int(groups.max()) + 1, data.eval_fraction, _SPLIT_SEED)
+        in_train = np.isin(groups, np.asarray(train_groups, np.int64))
+        train, held_out = TokenTable(file, usable[in_train]), TokenTable(file, usable[~in_train])
+    return PreparedData(train=train, held_out=held_out, notes=tuple(notes), format=counts.format, counts=counts)
+
+
+def fingerprint_file(path: Path) -> str:
+    """`sha256:…` of the file's bytes.
+
+    Raises:
+        BadInput: the file cannot be read.
+    """
+    check_file(path)
+    with path.open("rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _tokens(
+    data: DataRef,
+    path: str,
+    fingerprint: str,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    progress: Progress | None,
+) -> tuple[TokenFile, TokenCounts]:
+    import pyarrow
+
+    from edgepeft.data.token_table import TokenFile
+
+    key = _cache_key(data, fingerprint, tokenizer, template)
+    arrow, summary = home().cache / "tokens" / f"{key}.arrow", home().cache / "tokens" / f"{key}.json"
+    try:
+        return TokenFile(arrow), msgspec.json.decode(summary.read_bytes(), type=TokenCounts)
+    except (OSError, pyarrow.ArrowException, msgspec.DecodeError):
+        # Not there, or damaged: the cache is made anew.
+        counts = _build(data, Path(path), fingerprint, tokenizer, template, arrow, progress)
+        write_atomic(summary, msgspec.json.encode(counts))
+        return TokenFile(arrow), counts
+
+
+def _build(
+    data: DataRef,
+    path: Path,
+    fingerprint: str,
+    tokenizer: Tokenizer,
+    template: ChatTemplate | None,
+    target: Path,
+    progress: Progress | None,
+) -> TokenCounts:
+    from edgepeft.data.token_table import TokenWriter
+
+    if fingerprint_file(path) != fingerprint:
+        raise BadInput(
+            "the file has changed since the plan was made",
+            where=str(path),
+            hint="Plan again with the file as it is now",
+        )
+    reader = RecordReader(path, data.format, data.columns)
+    stops = frozenset(tokenizer.stop_token_ids(template))
+    bad: list[BadRecord] = []
+    totals: Counter[str] = Counter()
+    adapted: Counter[str] = Counter()
+    large: list[int] = []
+    waiting: list[Rendered] = []
+
+    with disk_errors(target), atomic_path(target) as temporary:
+        writer = TokenWriter(temporary)
+        complete = False
+
+        def write_waiting() -> None:
+            for sample in tokenize(waiting, tokenizer, stops):
+                writer.add(sample.ids, sample.mask, sample.line)
+                totals["samples"] += 1
+                totals["with_loss"] += any(sample.mask)
+                totals["with_end"] += any(
+                    flag and token in stops for token, flag in zip(sample.ids, sample.mask, strict=True)
+                )
+            waiting.clear()
+            if progress is not None:
+                progress(reader.bytes_read, reader.total_bytes)
+
+        try:
+            for record in reader:
+                if isinstance(record, BadRecord):
+                    if record.fatal:
+                        raise BadInput(record.why, where=f"{path}:{record.line}", hint="Copy or export the file again")
+                    totals["bad"] += 1
+                    bad = bad if len(bad) >= _MAX_SHOWN else [*bad, record]
+                    continue
+                try:
+                    rendered = render_record(record, template, data.train_on, system=data.system)
+                except RecordError as refusal:
+                    totals["bad"] += 1
+                    bad = bad if len(bad) >= _MAX_SHOWN else [*bad, BadRecord(record.line, str(refusal))]
+                    continue
+                totals["records"] += 1
+                if record.size >= LARGE_RECORD_CHARS and len(large) < _MAX_SHOWN:
+                    large.append(record.line)
+                for item in rendered:
+                    adapted.update(item.notes)
+                waiting.extend(rendered)
+                if len(waiting) >= _BATCH_RECORDS or sum(len(item.text) for item in waiting) >= _BATCH_CHARS:
+                    write_waiting()
+            write_waiting()
+            complete = True
+        finally:
+            writer.close(keep=complete)
+    return TokenCounts(
+        format=reader.format,
+        records=totals["records"],
+        samples=totals["samples"],
+        bad=totals["bad"],
+        unit=reader.detection.unit,
+        first_bad=tuple(bad),
+        with_loss=totals["with_loss"],
+        with_end=totals["with_end"],
+        large=tuple(large),
+        adapted=dict(adapted),
+    )
+
+
+def _cache_key(data: DataRef, fingerprint: str, tokenizer: Tokenizer, template: ChatTemplate | None) -> str:
+    parts = {
+        "schema": _SCHEMA_VERSION,
+        "data": fingerprint,
+        "suffix": Path(data.path).suffix.lower(),
+        "format": data.format,
+        "columns": data.columns,
+        "train_on": data.train_on,
+        "system": data.system,
+        "tokenizer": tokenizer.fingerprint,
+        "stops": sorted(tokenizer.stop_token_ids(template)),
+        "eos": tokenizer.eos_id,
+        "template": template.key if template else None,
+    }
+    return hashlib.sha256(msgspec.json.encode(parts, order="sorted")).hexdigest()[:40]
+
+
+def _check_trained(counts: TokenCounts, data: DataRef, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
+    if counts.records == 0:
+        first = counts.first_bad[0] if counts.first_bad else None
+        where = f"{data.path}:{first.line}" if first else data.path
+        raise BadInput(
+            f"no usable record; the first one {first.why}" if first else "no usable record",
+            where=where,
+            hint="See all of them with `edgepeft data check FILE`",
+        )
+    if counts.with_loss == 0:
+        raise BadInput(
+            "no token would be trained: the loss mask is empty in every sample",
+            where=data.path,
+            hint="See what is rendered with `edgepeft data preview FILE`, or train on all tokens with --train-on all",
+        )
+    if counts.with_end == 0:
+        stops = ", ".join(tokenizer.decode([token]) for token in tokenizer.stop_token_ids(template)) or "none is known"
+        raise BadInput(
+            f"the token that ends an answer would never be trained ({stops}): the adapter would never stop",
+            where=f"chat template {template.name!r}" if template else data.path,
+            hint="Give a template that writes it after each answer with --template FILE, or try --template chatml",
+        )
+
+
+def _notes(
+    data: DataRef, path: str, counts: TokenCounts, tokenizer: Tokenizer, template: ChatTemplate | None
+) -> list[str]:
+    name = Path(path).name
+    notes: list[str] = []
+    if counts.bad:
+        first = counts.first_bad[0]
+        share = f"{counts.bad:,} of {counts.bad + counts.records:,} records of {name}"
+        notes.append(f"{share} are skipped; the first, {counts.unit} {first.line}, {first.why}")
+    unlearned = counts.samples - counts.with_loss
+    if unlearned:
+        notes.append(f"{unlearned:,} samples of {name} have no trained token and are left out")
+    endless = counts.with_loss - counts.with_end
+    if endless:
+        notes.append(f"in {endless:,} of {counts.with_loss:,} samples of {name} no end of an answer is trained")
+    for line in counts.large:
+        notes.append(f"the record at {counts.unit} {line} of {name} is longer than a million characters")
+    notes += [f"{sentence} ({samples:,} samples of {name})" for sentence, samples in counts.adapted.items()]
+    if template is not None:
+        if template.name != "model":
+            notes.append(f"using the {template.name} template instead of the model's own")
+        if template.uses_date or template.day is not None:
+            notes.append(f"the chat template inserts today's date: it is frozen to {data.day or template.day}")
+        notes += untrained_tokens(tokenizer, template)
+    return notes
+
+
+def _groups(contents: Indices, lines: Indices) -> Indices:
+    """A group number for each sample, 0 … n-1 without gaps, in order of first appearance: equal for all samples of one
+    record and for samples of equal content (a record counts as equal to another when its first samples are).
+    """
+    import numpy as np
+
+    _, first_of_line, record = np.unique(lines, return_index=True, return_inverse=True)
+    _, first, group = np.unique(contents[first_of_line], return_index=True, return_inverse=True)
+    rank = np.empty(len(first), np.int64)
+    rank[np.argsort(first, kind="stable")] = np.arange(len(first))
+    return rank[group][record]
