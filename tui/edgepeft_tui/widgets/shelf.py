@@ -39,14 +39,8 @@ class Shelf(OptionList):
             line.append(f"{visible(row.key)[:name_width]:<{name_width}}", style="bold")
             line.append(f"  {visible(row.text)}")
             self.add_option(Option(line))
-        if kept is not None:
-            keys = [row.key for row in rows]
-            self.highlighted = keys.index(kept.key) if kept.key in keys else 0
-
-    def on_focus(self) -> None:
-        """A list that gets the focus has a highlighted row, so that its command is shown."""
-        if self.highlighted is None and self._rows:
-            self.highlighted = 0
+        keys = [row.key for row in rows]
+        self.highlighted = keys.index(kept.key) if kept is not None and kept.key in keys else 0
 
     @property
     def selected_row(self) -> Row | None:
