@@ -59,18 +59,16 @@ class Interrupts:
                 signal.signal(number, handler)
 
 
-def attach(run: RunFolder, plan: TrainPlan, *, as_json: bool = False, from_start: bool = True) -> int:
+def attach(run: RunFolder, plan: TrainPlan, *, as_json: bool = False, since: float = 0.0) -> int:
     """Follows a run until its worker ends or the user detaches, and returns the exit code of its outcome.
 
     Args:
         run: the run.
         plan: its plan, for the number of steps and the predicted peak.
         as_json: write every event as a JSON line to stdout, and nothing else.
-        from_start: tell the events that lie in the past, too.
+        since: events from before this moment, seconds since 1970, are folded in but not told; JSON has them all.
     """
     watch = RunWatch(run, plan.steps)
-    if not from_start and not as_json:
-        watch.poll()
     with Interrupts().caught() as interrupts:
         if as_json:
             view: _View = _JsonView()
@@ -82,7 +80,7 @@ def attach(run: RunFolder, plan: TrainPlan, *, as_json: bool = False, from_start
         with view:
             while True:
                 events, state = watch.poll()
-                view.show(events, state)
+                view.show(events if as_json else [event for event in events if event.time >= since], state)
                 if not state.alive:
                     break
                 if interrupts.take():

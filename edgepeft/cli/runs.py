@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
@@ -124,7 +125,7 @@ def attach_(run_id: RunId, as_json: JsonFlag = False) -> None:
     from edgepeft.runs.layout import open_run
 
     run = open_run(run_id)
-    raise typer.Exit(attach(run, run.read_plan(), as_json=as_json, from_start=False))
+    raise typer.Exit(attach(run, run.read_plan(), as_json=as_json, since=time.time()))
 
 
 @app.command("stop")
@@ -165,6 +166,7 @@ def resume_(
 
     run = open_run(run_id)
     plan = run.read_plan()
+    began = time.time()
     resume(run)
     if detach:
         if as_json:
@@ -172,7 +174,7 @@ def resume_(
         else:
             note(f"Run {run.id} goes on. Follow it with `edgepeft runs attach {run.id}`.", None)
         return
-    raise typer.Exit(attach(run, plan, as_json=as_json, from_start=False))
+    raise typer.Exit(attach(run, plan, as_json=as_json, since=began))
 
 
 @app.command("remove")

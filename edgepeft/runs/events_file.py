@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 import time
@@ -25,7 +26,12 @@ _decoder: msgspec.json.Decoder[Event] = msgspec.json.Decoder(Event)
 
 def encode_event(event: Event) -> bytes:
     """One line of `events.jsonl`, with its line end. Numbers that are not finite become null."""
-    return _encoder.encode(event) + b"\n"
+    try:
+        return _encoder.encode(event) + b"\n"
+    except UnicodeEncodeError:
+        # A path that is not valid Unicode may stand in a message; that must not end a run.
+        text = json.dumps(msgspec.to_builtins(event), ensure_ascii=False)
+        return text.encode("utf-8", errors="replace") + b"\n"
 
 
 def decode_event(line: bytes) -> Event | None:

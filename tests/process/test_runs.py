@@ -1,0 +1,278 @@
+"""Runs with real child processes: launched, followed, stopped, killed, resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from edgepeft.errors import BadInput, ExitCode, OutOfMemory
+from edgepeft.paths import home
+from edgepeft.runs import launch as launching
+from edgepeft.runs.events import Finished, Started, StepDone
+from edgepeft.runs.events_file import read_events
+from edgepeft.runs.layout import RunFolder, open_run
+from edgepeft.runs.lock import is_locked
+from edgepeft.runs.state import read_launched, read_state
+from toy_run import start_toy_worker, toy_plan
+
+pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals")
+
+COMMAND_LINE = """
+import sys
+from edgepeft.cli.app import run
+from edgepeft.runs import launch
+from toy_run import start_toy_worker, toy_plan
+import edgepeft.cli.train
+
+launch.start_worker = start_toy_worker
+edgepeft.cli.train._make_plan = lambda *_: toy_plan(steps=int(sys.argv[1]))
+run(sys.argv[2:])
+"""
+
+
+@pytest.fixture(autouse=True)
+def _toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "start_worker", start_toy_worker)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.02)
+
+
+def kill_worker(run: RunFolder) -> None:
+    launched = read_launched(run.launched_file)
+    assert launched is not None
+    assert launched.pid is not None
+    os.kill(launched.pid, signal.SIGKILL)
+    wait_for(lambda: not is_locked(run))
+
+
+def command(*arguments: str, steps: int = 6) -> subprocess.Popen[str]:
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    return subprocess.Popen(
+        [sys.executable, "-c", COMMAND_LINE, str(steps), *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def finish(process: subprocess.Popen[str], seconds: float = 30.0) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=seconds)
+    return process.returncode, out, err
+
+
+def test_a_launched_run_finishes_alone() -> None:
+    run = launching.launch(toy_plan(), "whole")
+    assert run.id == "whole-1"
+    assert read_state(run).alive
+    wait_for(lambda: not is_locked(run))
+    state = read_state(run)
+    assert (state.status, state.step, state.eval_loss) == ("finished", 6, 0.5)
+    with pytest.raises(BadInput, match="is finished"):
+        launching.resume(run)
+    launching.remove(run)
+    assert list(home().runs.iterdir()) == []
+
+
+def test_it_is_never_lost_while_it_starts() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    with ThreadPoolExecutor(1) as pool:
+        launched = pool.submit(launching.launch, toy_plan(), "watched")
+        wait_for(lambda: home().runs.is_dir() and (home().runs / "watched-1").is_dir())
+        run, seen = open_run("watched-1"), set()
+        while not seen or read_state(run).alive:
+            # Between the folder and its marker lies one moment in which nothing was launched yet.
+            if run.launched_file.exists():
+                seen.add(read_state(run).status)
+        launched.result()
+    assert seen <= {"starting", "running", "finished"}
+    assert "starting" in seen
+
+
+def test_killed_is_lost_and_resume_finishes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOY_STEP_SECONDS", "0.1")
+    run = launching.launch(toy_plan(steps=8), "killed")
+    wait_for(lambda: read_state(run).step >= 3)
+    with pytest.raises(BadInput, match="is running"):
+        launching.resume(run)
+    with pytest.raises(BadInput, match="Stop it first"):
+        launching.remove(run)
+    kill_worker(run)
+    lost = read_state(run)
+    assert (lost.status, lost.resumable) == ("lost", True)
+    assert 3 <= lost.step < 8
+
+    monkeypatch.setenv("TOY_STEP_SECONDS", "0.01")
+    launching.resume(run)
+    wait_for(lambda: not read_state(run).alive)
+    assert (read_state(run).status, read_state(run).step) == ("finished", 8)
+    begun = [event.step for event in read_events(run.events_file) if isinstance(event, Started)]
+    assert begun == [0, lost.step // 2 * 2]
+
+
+def test_stop_saves_and_a_stopped_run_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOY_STEP_SECONDS", "0.05")
+    run = launching.launch(toy_plan(steps=200), "stopped")
+    wait_for(lambda: read_state(run).step >= 2)
+    state = launching.stop(run, 20.0)
+    assert (state.status, state.alive) == ("stopped", False)
+    assert isinstance(read_events(run.events_file)[-1], Finished)
+    launching.resume(run)
+    step = state.step
+    wait_for(lambda: read_state(run).step > step)
+    assert launching.stop(run, 20.0).status == "stopped"
+
+
+def test_a_deaf_worker_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOY_DEAF", "1")
+    monkeypatch.setenv("TOY_STEP_SECONDS", "0.2")
+    monkeypatch.setattr(launching, "_TERMINATE_SECONDS", 0.3)
+    run = launching.launch(toy_plan(steps=1000), "deaf")
+    wait_for(lambda: read_state(run).step >= 1)
+    assert launching.stop(run, 0.3).status == "lost"
+    assert not is_locked(run)
+
+
+def test_stop_does_not_end_a_stranger_with_the_same_process_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOY_STEP_SECONDS", "0.2")
+    monkeypatch.setenv("TOY_DEAF", "1")
+    run = launching.launch(toy_plan(steps=1000), "pid")
+    launched = run.launched_file.read_bytes()
+    content = json.loads(launched) | {"pid": os.getpid()}
+    run.launched_file.write_text(json.dumps(content))
+    with pytest.raises(BadInput, match="does not stop"):
+        launching.stop(run, 0.2)
+    run.launched_file.write_bytes(launched)
+    kill_worker(run)
+
+
+def test_a_worker_that_refuses_at_once_is_told_with_its_own_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOY_EARLY_EXIT", "5")
+    with pytest.raises(OutOfMemory, match="the toy refuses to begin"):
+        launching.launch(toy_plan(), "early")
+    assert read_state(open_run("early-1")).status == "lost"
+
+
+def test_two_launchers_of_one_name_get_two_runs() -> None:
+    first, second = command("train", "--name", "twin", "--detach"), command("train", "--name", "twin", "--detach")
+    results = [finish(first), finish(second)]
+    assert [code for code, _, _ in results] == [0, 0]
+    for name in ("twin-1", "twin-2"):
+        run = open_run(name)
+        wait_for(lambda run=run: not read_state(run).alive)
+        assert read_state(run).status == "finished"
+
+
+def test_train_tells_the_plan_the_steps_and_the_outcome() -> None:
+    code, out, err = finish(command("train", "--name", "told"))
+    assert code == 0, err
+    assert "Choices  rank 4 (user) · precision nf4" in err
+    assert "of 0.00 GiB predicted at the peak (train step)" in err
+    assert "Run      told-1" in err
+    assert "Step 6/6: loss 0.3333" in err
+    assert "Step 6: held-out loss 0.5000 on 8 samples, best so far" in err
+    assert out.startswith("Trained ")
+    assert "Loss     training 0.3333, held out 0.5000" in out
+    assert "predicted (-1.0 %)" in out or "predicted (-0.9 %)" in out
+    assert "edgepeft chat toy --adapter" in out
+    assert "Traceback" not in err
+
+
+def test_train_as_json_is_the_event_stream() -> None:
+    code, out, _ = finish(command("train", "--name", "lines", "--json"))
+    kinds = [json.loads(line)["type"] for line in out.splitlines()]
+    assert code == 0
+    assert kinds[0] == "launched"
+    assert kinds[1] == "started"
+    assert kinds.count("step") == 6
+    assert kinds[-1] == "finished"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_without_a_terminal_an_interrupt_stops_and_saves(number: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOY_STEP_SECONDS", "0.1")
+    process = command("train", "--name", "interrupted", steps=300)
+    wait_for(lambda: (home().runs / "interrupted-1").is_dir() and read_state(open_run("interrupted-1")).step >= 2)
+    process.send_signal(number)
+    code, out, err = finish(process)
+    assert code == ExitCode.INTERRUPTED, err
+    assert out.startswith("Stopped and saved")
+    assert "edgepeft runs resume interrupted-1" in out
+    assert read_state(open_run("interrupted-1")).status == "stopped"
+
+
+def test_a_failing_run_gives_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOY_FAIL", "3")
+    code, _, err = finish(command("train", "--name", "fails"))
+    assert code == ExitCode.OUT_OF_MEMORY
+    assert "run fails-1 failed: the toy broke at step 3" in err
+    monkeypatch.delenv("TOY_FAIL")
+    code, out, err = finish(command("runs", "resume", "fails-1"))
+    assert code == 0, err
+    assert "Resumed after step 2 of 6" in err
+    assert out.startswith("Trained")
+
+
+def test_attach_sees_the_worker_die(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOY_STEP_SECONDS", "0.1")
+    run = launching.launch(toy_plan(steps=500), "dies")
+    process = command("runs", "attach", "dies-1")
+    wait_for(lambda: read_state(run).step >= 2)
+    time.sleep(1.0)
+    kill_worker(run)
+    code, _, err = finish(process)
+    assert code == ExitCode.INTERRUPTED
+    assert "run dies-1 is lost" in err
+    assert "edgepeft runs resume dies-1" in err
+
+
+def test_the_commands_agree_on_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOY_STEP_SECONDS", "0.05")
+    run = launching.launch(toy_plan(steps=400), "seen")
+    wait_for(lambda: read_state(run).step >= 1)
+    listed = json.loads(finish(command("runs", "list", "--json"))[1])
+    assert [(found["id"], found["state"]["status"]) for found in listed] == [("seen-1", "running")]
+    shown = json.loads(finish(command("runs", "show", "seen-1", "--json"))[1])
+    assert shown["plan"]["adapter_name"] == "seen"
+    code, _, err = finish(command("runs", "remove", "seen-1"))
+    assert (code, "Add --yes" in err) == (ExitCode.USAGE, True)
+    assert finish(command("runs", "remove", "seen-1", "--yes"))[0] == ExitCode.BAD_INPUT
+    stopped = json.loads(finish(command("runs", "stop", "seen-1", "--json"))[1])
+    assert stopped["state"]["status"] == "stopped"
+    code, out, _ = finish(command("runs", "show", "seen-1"))
+    assert code == 0
+    assert "Status   stopped" in out
+    assert "runs resume seen-1" in out
+    assert finish(command("runs", "remove", "seen-1", "--yes"))[0] == 0
+    code, _, err = finish(command("runs", "show", "seen-1"))
+    assert (code, "no run 'seen-1'" in err) == (ExitCode.BAD_INPUT, True)
+    assert sum(isinstance(event, StepDone) for event in read_events(run.events_file)) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train", "--json"], "--name: the adapter has no name"),
+        (["train", "--name", "No Good"], "cannot be used as a name"),
+    ],
+)
+def test_bad_usage_is_one_line(arguments: list[str], said: str) -> None:
+    code, out, err = finish(command(*arguments))
+    assert (code, out) == (ExitCode.USAGE, "")
+    assert said in err
+    assert err.count("\n") == 1
