@@ -1,7 +1,7 @@
 """What the demo's alerts can say: three systems, six causes each, fourteen wordings a cause.
 
-`{n}` stands for a count, `{p}` for a percentage, `{s}` for seconds, `{m}` for minutes and `{app}` for an application. A wording
-that is held out for scoring is never seen in training; which ones are held out is drawn from the seed.
+`{n}` stands for a count, `{p}` for a percentage, `{s}` for seconds, `{m}` for minutes and `{app}` for an application.
+A wording that is held out for scoring is never seen in training; which ones are held out is drawn from the seed.
 """
 
 from __future__ import annotations
@@ -453,16 +453,20 @@ IMPACTS: dict[str, tuple[str, ...]] = {
     "critical": (
         "Production is down.",
         "All users are affected.",
-        "The service is unavailable for everyone.",
-        "Nobody can work.",
+        "The service is down for everyone.",
+        "Nobody can work, everything is down.",
         "Complete outage for all customers.",
         "Every request fails.",
         "Total outage of production.",
         "The whole service is down.",
-        "Customers cannot reach the service at all.",
+        "All customers are cut off.",
         "All requests fail in production.",
         "Everyone is affected, nothing works.",
         "Full outage since the alert.",
+        "Outage: the service is unavailable for all users.",
+        "Production is down for every customer.",
+        "All users are locked out, complete outage.",
+        "Everything is down.",
     ),
     "major": (
         "Some users are affected.",
@@ -471,26 +475,34 @@ IMPACTS: dict[str, tuple[str, ...]] = {
         "Part of the requests fail.",
         "Some requests time out.",
         "The service is degraded.",
-        "Several users complain about slow pages.",
+        "Some users complain about slow pages.",
         "Some customers report errors.",
         "Degraded performance for part of the users.",
         "A part of the users see slow responses.",
         "Some pages are slow and some fail.",
         "Performance is degraded for some users.",
+        "Slow responses for a few customers.",
+        "Some requests are slow.",
+        "The service is slow for part of the customers.",
+        "Degraded service, a few requests fail.",
     ),
     "minor": (
         "No user impact.",
         "No impact on users so far.",
-        "Nobody has noticed yet.",
+        "No users have noticed yet.",
         "Users are not affected.",
         "No customer is affected at the moment.",
-        "Only a test system uses it.",
-        "No effect for users is known.",
+        "Not noticed by any user.",
+        "No effect on users is known.",
         "No complaints so far.",
         "There is no impact yet.",
         "Not visible to users.",
         "No users affected, test environment only.",
         "No customer impact has been seen.",
+        "Without impact on customers so far.",
+        "Customers are not affected yet.",
+        "No service is affected yet.",
+        "No impact, only a test system.",
     ),
 }
 """Severity → sentences that tell it."""
