@@ -28,7 +28,7 @@ _WHEEL_ARCHITECTURES = {
 """CUDA version → architectures in PyTorch's x86 wheels: PyTorch CUDA Support Matrix in RELEASE.md,
 https://github.com/pytorch/pytorch/blob/main/RELEASE.md; wheels for other CUDA versions are not judged."""
 _WHEELS_WITH_PTX = {(13, 0), (13, 2)}
-"""Their Linux builds hold portable code of the newest architecture too, so that later cards can run it (same source)."""
+"""Their Linux builds also hold portable code, which later cards can run (same source)."""
 _DESKTOP_BYTES = 512 * MIB
 _PROCESS_BYTES = 256 * MIB
 _LOW_DISK_BYTES = 20 * GIB
@@ -48,6 +48,8 @@ class Problem(msgspec.Struct, frozen=True):
     """One sentence, without a full stop."""
     remedy: str
     """What to do; a command where there is one."""
+    alternative: str = ""
+    """Another way to the same end, such as the form for pip."""
 
 
 def find_problems(
@@ -118,14 +120,14 @@ def _driver_problems(host: HostSnapshot, gpus: Sequence[GpuSnapshot], packages: 
     if gpu is not None and cuda is not None and _driver_too_old(gpu, cuda[0]):
         oldest = _OLDEST_DRIVERS.get(cuda[0])
         needs = f"{oldest} or later" if oldest else "a newer one"
-        older_wheel = " or, as long as that is not possible: uv pip install --torch-backend=auto --reinstall torch"
         found.append(
             Problem(
                 "driver-too-old",
                 "error",
                 f"The driver {gpu.driver or '(version unknown)'} is too old for torch's CUDA {cuda[0]}.{cuda[1]}, "
                 f"which needs {needs}",
-                f"Update the NVIDIA driver{older_wheel}",
+                "Update the NVIDIA driver",
+                "uv pip install --torch-backend=auto --reinstall torch",
             )
         )
     return found
@@ -150,7 +152,8 @@ def _torch_problems(host: HostSnapshot, gpus: Sequence[GpuSnapshot], packages: P
                 "torch-cpu-only",
                 "error",
                 f"torch {packages.torch} was built {kind}, so the {gpus[0].name} would stay idle",
-                f"{_INSTALL_TORCH} --reinstall, or with pip: {_pip_torch(host)}",
+                f"{_INSTALL_TORCH} --reinstall",
+                _pip_torch(host),
             )
         ]
     return []
@@ -227,11 +230,12 @@ def _occupation_problems(gpu: GpuSnapshot, *, several: bool) -> list[Problem]:
         )
     for process in others:
         ours = process.name.startswith("edgepeft ")
-        remedy = (
-            "See edgepeft runs list; edgepeft runs stop ends a run and saves it"
-            if ours
-            else f"End it when it is not needed (process {process.pid})"
-        )
+        if process.name == "edgepeft train":
+            remedy = "See edgepeft runs list; edgepeft runs stop ends a run and saves it"
+        elif ours:
+            remedy = "Leave that chat when the memory is needed for a run"
+        else:
+            remedy = f"End it when it is not needed (process {process.pid})"
         found.append(
             Problem(
                 "card-in-use",
