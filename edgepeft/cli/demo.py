@@ -118,9 +118,8 @@ def _machine() -> None:
         free = "n/a" if gpu.free_bytes is None else format_gib(gpu.free_bytes, digits=1)
         line(f"  {gpu.name}, {total}, {free} free")
     line(f"  {host.cpu}, {host.physical_cores or host.logical_cores} cores")
-    line(
-        f"  RAM {format_gib(host.ram_usable_bytes, digits=1)}, {format_gib(host.ram_available_bytes, digits=1)} available"
-    )
+    free = format_gib(host.ram_available_bytes, digits=1)
+    line(f"  RAM {format_gib(host.ram_usable_bytes, digits=1)}, {free} available")
     line("  More, and remedies for problems: edgepeft doctor", "dim")
 
 
@@ -128,10 +127,8 @@ def _task(train_file: Path, held_out: Path) -> None:
     from edgepeft.demo.alerts import HELD_OUT_ALERTS, TRAIN_ALERTS
     from edgepeft.demo.tour import SYSTEM
 
-    line(
-        f"  {TRAIN_ALERTS} {SYSTEM.title} alerts over {len(SYSTEM.causes)} causes, each with a diagnosis in JSON: severity, cause,"
-    )
-    line("  component and runbook step.")
+    line(f"  {TRAIN_ALERTS} {SYSTEM.title} alerts over {len(SYSTEM.causes)} causes, each with a diagnosis in JSON:")
+    line("  severity, cause, component and runbook step.")
     line(f"  {HELD_OUT_ALERTS} more are held out; their wordings do not occur in training.")
     line(f"  {train_file.parent}", "dim")
 
@@ -192,8 +189,9 @@ def _scores(report: DemoReport, base: Evaluation, adapter: Evaluation) -> None:
         )
     console.print(grid)
     error = report.measured_peak_bytes / report.predicted_peak_bytes - 1
+    measured, predicted = format_bytes(report.measured_peak_bytes), format_bytes(report.predicted_peak_bytes)
     line(
-        f"  trained in {format_seconds(report.train_seconds)} at {report.tokens_per_second:.0f} tokens/s; peak "
-        f"{format_bytes(report.measured_peak_bytes)} measured, {format_bytes(report.predicted_peak_bytes)} predicted ({100 * error:+.1f} %)",
+        f"  trained in {format_seconds(report.train_seconds)} at {report.tokens_per_second:.0f} tokens/s; "
+        f"peak {measured} measured, {predicted} predicted ({100 * error:+.1f} %)",
         "dim",
     )

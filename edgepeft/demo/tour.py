@@ -1,4 +1,4 @@
-"""The steps of the demo and what they give: the data, the plan's pinned values, the scores, one alert answered twice."""
+"""The steps of the demo: its data, the plan's pinned values, the scores, and one alert answered twice."""
 
 from __future__ import annotations
 

@@ -466,7 +466,7 @@ IMPACTS: dict[str, tuple[str, ...]] = {
         "Outage: the service is unavailable for all users.",
         "Production is down for every customer.",
         "All users are locked out, complete outage.",
-        "Everything is down.",
+        "Total failure for every user.",
     ),
     "major": (
         "Some users are affected.",
