@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from edgepeft.data.conversation import Message
 from edgepeft.data.template import ChatTemplate
 
-SYSTEM_FOLDED = "the template has no system role: the system message is put before the first question"
+SYSTEM_FOLDED = "the template leaves system messages out: they are put before the first question"
 TOOLS_WRITTEN = "the template has no place for tools: they are listed in the system message"
 CALLS_WRITTEN = "the template has no place for tool calls: they are written as <tool_call>…</tool_call> into the answer"
 RESULTS_WRITTEN = (
