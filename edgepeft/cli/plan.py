@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgepeft.cli.output import JsonFlag
+from edgepeft.cli.output import JsonFlag, line, note, print_json, stderr
+from edgepeft.cli.output import console as out
 from edgepeft.cli.plan_options import PlanOptions, takes_plan_options
 
 if TYPE_CHECKING:
@@ -25,9 +26,18 @@ def build_plan(model: str, data: Path | None, overrides: dict[str, Any]) -> Trai
     Raises:
         EdgepeftError: bad options, model or data; `DoesNotFit` when no plan fits the budget.
     """
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
     from edgepeft.plan.build import build
 
-    return build(model, data, overrides)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+        task = bar.add_task("reading", total=None)
+
+        def tell(what: str, fraction: float | None) -> None:
+            bar.update(task, description=what, total=None if fraction is None else 1.0, completed=fraction or 0.0)
+
+        return build(model, data, overrides, progress=tell)
 
 
 @takes_plan_options
@@ -35,11 +45,23 @@ def plan(
     model: Annotated[str, typer.Argument(help="Model: a name in the store, a folder or a GGUF file.")],
     options: PlanOptions,
     data: Annotated[Path | None, typer.Argument(help="Training data.", show_default=False)] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option("--out", help="Write the plan as TOML, for train --plan.", show_default=False),
+    out_file: Annotated[
+        Path | None, typer.Option("--out", help="Write the plan as TOML, for train --plan.", show_default=False)
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Choose a run that fits, and show why and what it costs."""
-    build_plan(model, data, options.typed())
+    made = build_plan(model, data, options.typed())
+    if out_file is not None:
+        from edgepeft.plan.files import write_plan_toml
+
+        write_plan_toml(made, out_file)
+    if as_json:
+        print_json(made)
+    else:
+        from edgepeft.plan.explain import explain
+
+        for text, tone in explain(made, out.width):
+            line(text, tone)
+    if out_file is not None:
+        note(f"Written to {out_file}. Edit [spec] as you like, then: edgepeft train --plan {out_file} --name NAME")

@@ -40,9 +40,7 @@ class PlanOptions(msgspec.Struct, frozen=True):
     ] = None
     precision: Annotated[
         str | None,
-        typer.Option(
-            "--precision", help="How the base is held: bf16, fp16, fp32, int8 or nf4.", show_default=False
-        ),
+        typer.Option("--precision", help="How the base is held: bf16, fp16, fp32, int8 or nf4.", show_default=False),
     ] = None
     compute_dtype: Annotated[
         str | None, typer.Option("--compute-dtype", help="bf16, fp16 or fp32.", show_default=False)
@@ -51,13 +49,9 @@ class PlanOptions(msgspec.Struct, frozen=True):
     alpha: Annotated[float | None, typer.Option("--alpha", help="LoRA alpha.", show_default=False)] = None
     targets: Annotated[
         str | None,
-        typer.Option(
-            "--targets", help="Linear layers to adapt, with commas; or all-linear.", show_default=False
-        ),
+        typer.Option("--targets", help="Linear layers to adapt, with commas; or all-linear.", show_default=False),
     ] = None
-    dropout: Annotated[float | None, typer.Option("--dropout", help="LoRA dropout.", show_default=False)] = (
-        None
-    )
+    dropout: Annotated[float | None, typer.Option("--dropout", help="LoRA dropout.", show_default=False)] = None
     max_seq_len: Annotated[
         int | None,
         typer.Option("--max-seq-len", "--seq-len", help="Longest sample in tokens.", show_default=False),
@@ -73,9 +67,7 @@ class PlanOptions(msgspec.Struct, frozen=True):
         int | None,
         typer.Option("--samples-per-step", help="Samples of one optimizer step.", show_default=False),
     ] = None
-    epochs: Annotated[
-        float | None, typer.Option("--epochs", help="Passes over the data.", show_default=False)
-    ] = None
+    epochs: Annotated[float | None, typer.Option("--epochs", help="Passes over the data.", show_default=False)] = None
     max_steps: Annotated[
         int | None, typer.Option("--max-steps", help="Optimizer steps at the most.", show_default=False)
     ] = None
@@ -99,13 +91,9 @@ class PlanOptions(msgspec.Struct, frozen=True):
     ] = None
     loss_chunk_tokens: Annotated[
         int | None,
-        typer.Option(
-            "--loss-chunk-tokens", help="Tokens whose logits exist at one time.", show_default=False
-        ),
+        typer.Option("--loss-chunk-tokens", help="Tokens whose logits exist at one time.", show_default=False),
     ] = None
-    seed: Annotated[
-        int | None, typer.Option("--seed", help="Seed of order and start.", show_default=False)
-    ] = None
+    seed: Annotated[int | None, typer.Option("--seed", help="Seed of order and start.", show_default=False)] = None
     eval_data: Annotated[
         str | None,
         typer.Option("--eval-data", help="Held-out file; else a share of DATA.", show_default=False),
@@ -115,9 +103,7 @@ class PlanOptions(msgspec.Struct, frozen=True):
     ] = None
     eval_every: Annotated[
         int | None,
-        typer.Option(
-            "--eval-every", help="Steps between evaluations; 0: at the end only.", show_default=False
-        ),
+        typer.Option("--eval-every", help="Steps between evaluations; 0: at the end only.", show_default=False),
     ] = None
     train_on: Annotated[
         str | None,
@@ -127,11 +113,13 @@ class PlanOptions(msgspec.Struct, frozen=True):
         str | None,
         typer.Option("--system", help="System message for records without one.", show_default=False),
     ] = None
+    template: Annotated[
+        str | None,
+        typer.Option("--template", help="chatml, plain or a file, instead of the model's own.", show_default=False),
+    ] = None
     map: Annotated[
         list[str] | None,
-        typer.Option(
-            "--map", help="FIELD=COLUMN where the file's columns differ; repeatable.", show_default=False
-        ),
+        typer.Option("--map", help="FIELD=COLUMN where the file's columns differ; repeatable.", show_default=False),
     ] = None
     format: Annotated[
         str | None,

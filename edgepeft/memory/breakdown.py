@@ -1,4 +1,4 @@
-"""The ledger: bytes by category within each phase of a run, under the same names in predictions, events and on screen."""
+"""The ledger: bytes by category within each phase of a run, named alike in predictions, events and on screen."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from edgepeft.memory.activations import FLOAT32, layer_activations
 from edgepeft.memory.breakdown import Breakdown, Category, Phase, PhaseName
-from edgepeft.memory.weights import ELEMENT_BYTES, NF4_BLOCK, base_bytes, dense_bytes
+from edgepeft.memory.weights import ELEMENT_BYTES, NF4_BLOCK, base_bytes
 from edgepeft.methods import method_of
 from edgepeft.models.shape import ModelShape
 from edgepeft.spec import ComputeDtype, Precision, RunSpec
@@ -120,7 +120,7 @@ def loss_bytes(
 def load_bytes(shape: ModelShape, precision: Precision, compute_dtype: ComputeDtype, device_kind: DeviceKind) -> int:
     """Transient bytes while weights are read: one source tensor, and what quantizing it needs."""
     largest = max(linear.in_features * linear.out_features for linear in shape.linears)
-    source = dense_bytes(precision, compute_dtype) * max(largest, shape.vocab * shape.hidden)
+    source = ELEMENT_BYTES[compute_dtype] * max(largest, shape.vocab * shape.hidden)
     if precision != "nf4":
         return source
     entries = min(largest, QUANTIZE_CHUNK_ENTRIES) if device_kind == "cpu" else largest

@@ -35,18 +35,12 @@ def matrix_bytes(weights: int, rows: int, precision: Precision) -> tuple[int, in
     return weights * ELEMENT_BYTES[precision], 0
 
 
-def dense_bytes(precision: Precision, compute_dtype: ComputeDtype) -> int:
-    """Bytes of an entry of the parts that are never quantized: in the base's own precision when that is dense."""
-    return ELEMENT_BYTES[compute_dtype if precision in ("nf4", "int8") else precision]
-
-
 def base_bytes(shape: ModelShape, precision: Precision, compute_dtype: ComputeDtype) -> dict[Category, int]:
     """Bytes of the whole base by category.
 
-    Only the linear layers are quantized. Embedding, head, norms, biases and fused experts stay dense: in the base's own
-    precision when that is dense, else in the compute dtype.
+    Only the linear layers are held in `precision`; embedding, head, norms, biases and fused experts in the compute dtype.
     """
-    dense = dense_bytes(precision, compute_dtype)
+    dense = ELEMENT_BYTES[compute_dtype]
     weights = constants = 0
     for linear in shape.linears:
         packed, extra = matrix_bytes(linear.in_features * linear.out_features, linear.out_features, precision)

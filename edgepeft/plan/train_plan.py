@@ -24,6 +24,18 @@ class Choice(msgspec.Struct, frozen=True):
     """One line."""
 
 
+class Alternative(msgspec.Struct, frozen=True):
+    """A neighbouring plan that was not chosen, and what it would cost."""
+
+    what: str
+    """How it differs, in a few words."""
+    peak_bytes: int
+    fits: bool
+    """Whether it stays within the budget."""
+    why: str
+    """Why it was not chosen, or what it would bring."""
+
+
 class DataSummary(msgspec.Struct, frozen=True):
     """What the plan knows about the data."""
 
@@ -55,6 +67,8 @@ class TrainPlan(msgspec.Struct, frozen=True):
     """None when the plan was made without data."""
     seconds: float | None = None
     """Predicted training time; None when this machine's speed is not known."""
+    alternatives: tuple[Alternative, ...] = ()
+    """Runner-up plans."""
     notes: tuple[str, ...] = ()
     """Warnings that belong to the plan, such as a 4-bit-born base quantized again."""
     adapter_name: str = ""

@@ -1,0 +1,163 @@
+"""Where a run will be executed, and how much of it a run may use."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+
+from edgepeft.errors import DeviceUnusable, UsageError
+from edgepeft.spec import ComputeDtype
+from edgepeft.units import GIB, MIB, format_gib
+
+if TYPE_CHECKING:
+    from edgepeft.hardware.snapshot import GpuSnapshot, HostSnapshot
+    from edgepeft.profiles import GpuProfile
+
+GPU_MARGIN_BYTES = 384 * MIB
+"""Left free on a card beyond what is used now: a desktop opens windows while a run goes on."""
+CPU_SHARE = 0.6
+"""Share of the available RAM that a run on the CPU may fill with tensors; the rest is for the interpreter, the page
+cache of the weights, and everybody else."""
+
+
+class PlanDevice(msgspec.Struct, frozen=True):
+    """A card or the CPU, as a plan sees it."""
+
+    id: str
+    """`cpu`, the UUID of a card in this machine, or the id of a profile."""
+    name: str
+    kind: Literal["cpu", "cuda"]
+    total_bytes: int
+    """All of its memory."""
+    budget_bytes: int
+    """What a run may use when the user says nothing."""
+    budget_why: str
+    """How that was found, in one line."""
+    compute_dtype: ComputeDtype
+    compute_why: str
+    """Why products run in that dtype, in one line."""
+    present: bool = True
+    """Whether it is in this machine; plans can be made for cards that are not."""
+
+
+def cpu_device(host: HostSnapshot) -> PlanDevice:
+    """The processor with its RAM."""
+    fast_bf16 = bool(host.flags.avx512_bf16 or host.flags.amx_bf16)
+    why = (
+        f"this CPU multiplies bfloat16 by {'AMX' if host.flags.amx_bf16 else 'AVX512-BF16'}"
+        if fast_bf16
+        else "this CPU has no bfloat16 instructions, and would be slower with them emulated"
+    )
+    return PlanDevice(
+        id="cpu",
+        name=host.cpu,
+        kind="cpu",
+        total_bytes=host.ram_usable_bytes,
+        budget_bytes=round(host.ram_available_bytes * CPU_SHARE),
+        budget_why=f"{CPU_SHARE:.0%} of the {format_gib(host.ram_available_bytes, digits=1)} of RAM available now",
+        compute_dtype="bf16" if fast_bf16 else "fp32",
+        compute_why=why,
+    )
+
+
+def card_device(card: GpuSnapshot) -> PlanDevice:
+    """A card in this machine, with what is free on it now.
+
+    Raises:
+        DeviceUnusable: the driver does not tell its memory.
+    """
+    if card.total_bytes is None or card.free_bytes is None:
+        raise DeviceUnusable(
+            f"{card.name} does not tell its memory", where="--gpu", hint="Give --budget and --gpu with a profile id"
+        )
+    bf16 = card.bf16 is not False
+    margin = f"{format_gib(card.free_bytes, digits=1)} free now, less a margin of {format_gib(GPU_MARGIN_BYTES)}"
+    return PlanDevice(
+        id=card.uuid,
+        name=card.name,
+        kind="cuda",
+        total_bytes=card.total_bytes,
+        budget_bytes=max(0, card.free_bytes - GPU_MARGIN_BYTES),
+        budget_why=margin,
+        compute_dtype="bf16" if bf16 else "fp16",
+        compute_why=_card_dtype_why(bf16),
+    )
+
+
+def profile_device(profile: GpuProfile) -> PlanDevice:
+    """A card that is described by a profile."""
+    memory, reserve = format_gib(profile.memory_bytes, digits=1), format_gib(profile.desktop_reserve_bytes)
+    why = f"{memory}, less {reserve} for a desktop" if profile.desktop_reserve_bytes else f"all of its {memory}"
+    return PlanDevice(
+        id=profile.id,
+        name=profile.name,
+        kind="cuda",
+        total_bytes=profile.memory_bytes,
+        budget_bytes=profile.memory_bytes - profile.desktop_reserve_bytes,
+        budget_why=why,
+        compute_dtype="bf16" if profile.bf16 else "fp16",
+        compute_why=_card_dtype_why(profile.bf16),
+        present=False,
+    )
+
+
+def find_device(wanted: str | None) -> PlanDevice:
+    """The device for `--gpu`: `cpu`, the index or UUID of a card here, or a profile id.
+
+    None takes the freest card of this machine, or the CPU.
+
+    Raises:
+        UsageError: nothing of that name.
+        DeviceUnusable: the card does not tell its memory.
+    """
+    from edgepeft.hardware.nvml import read_gpus
+
+    if wanted is not None and wanted.strip().lower() == "cpu":
+        return _cpu()
+    cards = read_gpus()
+    if wanted is None:
+        usable = [card for card in cards if card.free_bytes is not None]
+        if not usable:
+            return _cpu()
+        return card_device(max(usable, key=lambda card: card.free_bytes or 0))
+    for card in cards:
+        if wanted in (card.uuid, str(card.index)):
+            return card_device(card)
+    if wanted.isdigit() or wanted.startswith("GPU-"):
+        known = ", ".join(f"{card.index} ({card.name})" for card in cards) or "none"
+        raise UsageError(f"this machine has no card {wanted}", where="--gpu", hint=f"Cards here: {known}")
+    from edgepeft.profiles import find_gpu, match_gpu
+
+    profile = find_gpu(wanted)
+    here = [card for card in cards if (found := match_gpu(card)) is not None and found.id == profile.id]
+    return card_device(here[0]) if here else profile_device(profile)
+
+
+def check_budget(budget_bytes: int, device: PlanDevice) -> None:
+    """Refuses a budget that the device cannot have.
+
+    Raises:
+        UsageError: it is larger than all memory of the device.
+    """
+    if budget_bytes > device.total_bytes:
+        what = "RAM" if device.kind == "cpu" else "memory of the card"
+        raise UsageError(
+            f"{format_gib(budget_bytes)} is more than all {what}, {format_gib(device.total_bytes)}",
+            where="--budget",
+            hint=f"Give at most {device.total_bytes // GIB}GiB, or leave the option out",
+        )
+
+
+def _cpu() -> PlanDevice:
+    from edgepeft.hardware.host import read_host
+
+    return cpu_device(read_host())
+
+
+def _card_dtype_why(bf16: bool) -> str:
+    return (
+        "the card multiplies bfloat16"
+        if bf16
+        else "cards before Ampere have no bfloat16; a gradient scaler guards fp16"
+    )

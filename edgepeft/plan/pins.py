@@ -1,0 +1,101 @@
+"""What the user typed, checked before anything is searched."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, get_args
+
+import msgspec
+
+from edgepeft.errors import UsageError
+from edgepeft.spec import Checkpointing, ComputeDtype, Overlong, Precision
+
+Pins = dict[str, Any]
+"""Option name, with underscores → typed value, of the right type and in range."""
+
+_WORDS: dict[str, tuple[str, ...]] = {
+    "precision": get_args(Precision),
+    "compute_dtype": get_args(ComputeDtype),
+    "overlong": get_args(Overlong),
+    "checkpointing": get_args(Checkpointing),
+    "schedule": ("cosine", "linear", "constant"),
+}
+_COUNTS: dict[str, int] = {
+    "rank": 1,
+    "max_seq_len": 2,
+    "micro_batch_tokens": 1,
+    "samples_per_step": 1,
+    "max_steps": 1,
+    "loss_chunk_tokens": 1,
+    "eval_every": 0,
+    "seed": 0,
+}
+_RANGES: dict[str, tuple[float, float, str]] = {
+    "epochs": (0, 10_000, "Usual are 1 to 5"),
+    "learning_rate": (0, 1, "Usual are 1e-5 to 2e-3"),
+    "alpha": (0, 1e6, "Twice the rank is usual"),
+}
+_SHARES = ("dropout", "warmup", "eval_fraction")
+
+
+def check_pins(overrides: dict[str, Any]) -> Pins:
+    """The typed values that the search keeps to.
+
+    Raises:
+        UsageError: one of them cannot be meant; the message names the option.
+    """
+    pins: Pins = {}
+    for name, value in overrides.items():
+        where = "--" + name.replace("_", "-")
+        if name in _WORDS:
+            pins[name] = _word(where, value, _WORDS[name])
+        elif name in _COUNTS:
+            pins[name] = _count(where, value, _COUNTS[name])
+        elif name in _RANGES:
+            low, high, hint = _RANGES[name]
+            pins[name] = _number(where, value, low, high, hint, above=True)
+        elif name in _SHARES:
+            pins[name] = _share(where, value)
+        elif name == "weight_decay":
+            pins[name] = _number(where, value, 0, 1, "Usual are 0 to 0.1", above=False)
+        elif name == "targets":
+            pins[name] = _targets(where, value)
+        else:
+            raise UsageError("unknown option", where=where)
+    return pins
+
+
+def _word(where: str, value: Any, known: tuple[str, ...]) -> str:
+    word = str(value).strip().lower()
+    if word not in known:
+        raise UsageError(f"unknown value {value!r}", where=where, hint="Known: " + ", ".join(known))
+    return word
+
+
+def _count(where: str, value: Any, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise UsageError(f"{value!r} is not possible", where=where, hint=f"Give a whole number of at least {least}")
+    return value
+
+
+def _number(where: str, value: Any, low: float, high: float, hint: str, *, above: bool) -> float:
+    number = float(value)
+    inside = math.isfinite(number) and (low < number if above else low <= number) and number <= high
+    if not inside:
+        raise UsageError(f"{value!r} is not possible", where=where, hint=hint)
+    return number
+
+
+def _share(where: str, value: Any) -> float:
+    number = float(value)
+    if not 0 <= number < 1:
+        raise UsageError(f"{value!r} is not a share", where=where, hint="Give a number from 0 to below 1")
+    return number
+
+
+def _targets(where: str, value: Any) -> tuple[str, ...]:
+    names = value.split(",") if isinstance(value, str) else list(msgspec.convert(value, tuple[str, ...]))
+    targets = tuple(dict.fromkeys(name.strip() for name in names if name.strip()))
+    if not targets:
+        raise UsageError("no linear layer is named", where=where, hint="Give names with commas, or all-linear")
+    return targets

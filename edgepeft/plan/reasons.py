@@ -1,0 +1,209 @@
+"""Why each value of a plan was chosen, one line each, and what a person should know beside them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from edgepeft.methods import method_of
+from edgepeft.plan.train_plan import Choice, DataSummary, Origin
+from edgepeft.spec import Recipe, RunSpec
+from edgepeft.units import format_count, format_gib, format_share
+
+if TYPE_CHECKING:
+    from edgepeft.plan.search import Candidate, Search
+
+_TYPED = "as typed"
+_PRECISION_WORDS = {
+    "fp32": "in 32 bit, the dtype of the products",
+    "bf16": "unquantized, in 16 bit",
+    "fp16": "unquantized, in 16 bit",
+    "int8": "8-bit, nearly as exact as 16",
+    "nf4": "4-bit NormalFloat, double quantization",
+}
+
+
+def steps_of(recipe: Recipe, train_samples: int) -> int:
+    """Optimizer steps of the whole run."""
+    from edgepeft.data.schedule import total_steps
+
+    return total_steps(train_samples, recipe.samples_per_step, recipe.epochs, recipe.max_steps)
+
+
+def describe(search: Search, chosen: Candidate, spec: RunSpec, data: DataSummary | None) -> tuple[Choice, ...]:
+    """Every choice of the plan in the order in which it is shown.
+
+    Args:
+        search: the search that made it.
+        chosen: the values that memory decides.
+        spec: the run.
+        data: what is known of the data.
+    """
+    preset, pins, recipe = search.request.preset, search.pins, spec.recipe
+    given = search.request.given
+    found = [Choice(name, given[name].value, given[name].origin, given[name].why) for name in given]
+
+    def add(what: str, value: str, why: str, origin: Origin = "auto") -> None:
+        if what.replace("-", "_") not in pins:
+            found.append(Choice(what, value, origin, why))
+        elif what == "max-seq-len" and pins["max_seq_len"] > chosen.max_seq_len:
+            found.append(Choice(what, value, "user", f"{pins['max_seq_len']:,} typed; the model's context ends here"))
+        else:
+            found.append(Choice(what, value, "user", _TYPED))
+
+    add("precision", recipe.precision, _precision_why(search, chosen))
+    add("compute-dtype", recipe.compute_dtype, search.request.device.compute_why)
+    add("max-seq-len", f"{recipe.max_seq_len:,}", _length_why(search, chosen, data), "auto" if data else "preset")
+    add("overlong", recipe.overlong, _overlong_why(data))
+    config = recipe.method
+    parameters = method_of(config).count_parameters(config, search.shape)
+    share = format_share(parameters / search.shape.parameters, digits=2)
+    trains = f"trains {format_count(parameters)} parameters, {share} of the base"
+    add(
+        "rank",
+        str(config.rank),
+        f"{_rank_why(search, chosen)}; {trains}",
+        "preset" if config.rank == search.ranks[0] else "auto",
+    )
+    add("alpha", f"{config.alpha:g}", "twice the rank: the update is scaled by 2 whatever the rank")
+    add("targets", ", ".join(config.targets), preset.targets.description, "preset")
+    add("dropout", f"{config.dropout:g}", preset.dropout.description, "preset")
+    add("micro-batch-tokens", f"{spec.layout.micro_batch_tokens:,}", _micro_batch_why(search, chosen))
+    add("checkpointing", spec.layout.checkpointing, _checkpointing_why(search, chosen))
+    add("loss-chunk-tokens", str(spec.layout.loss_chunk_tokens), _chunk_why(search))
+    add("samples-per-step", str(recipe.samples_per_step), *_samples_why(search, recipe))
+    add("epochs", f"{recipe.epochs:g}", *_epochs_why(search, recipe))
+    if recipe.max_steps is not None:
+        add("max-steps", str(recipe.max_steps), preset.max_steps.description, "preset")
+    add("learning-rate", f"{recipe.optimizer.learning_rate:.2g}", _rate_why(search))
+    add("weight-decay", f"{recipe.optimizer.weight_decay:g}", preset.weight_decay.description, "preset")
+    add("schedule", recipe.schedule.name, preset.schedule.description, "preset")
+    add("warmup", format_share(recipe.schedule.warmup_fraction, digits=0), preset.warmup_fraction.description, "preset")
+    if data is not None and data.eval_samples:
+        every = spec.upkeep.eval_every_steps
+        add(
+            "eval-every",
+            str(every),
+            f"steps; {preset.evaluations.description}" if every else "at the end only",
+            "preset",
+        )
+    add("seed", str(recipe.seed), "order, dropout and start follow from it")
+    return tuple(found)
+
+
+def notes_of(search: Search, chosen: Candidate, data: DataSummary | None) -> tuple[str, ...]:
+    """Warnings that belong to the plan."""
+    notes: list[str] = []
+    entry, device = search.request.entry, search.request.device
+    if chosen.precision == "nf4" and entry.kind == "embedded":
+        notes.append(
+            "The embedded model was born in 4 bit (Q4_1): NF4 on top of it raises its perplexity on web text from "
+            "about 38 to 49. With --precision bf16 nothing is lost."
+        )
+    elif chosen.precision in ("nf4", "int8") and entry.kind == "gguf":
+        notes.append(
+            "This base comes from a GGUF: if that was quantized, quantizing it again costs quality a second time."
+        )
+    if data is not None and data.overlong:
+        fate = "cut at" if search.pins.get("overlong", "truncate") == "truncate" else "dropped above"
+        notes.append(
+            f"{data.overlong:,} of {data.train_samples if fate == 'cut at' else data.train_samples + data.overlong:,} "
+            f"training samples are {fate} {chosen.max_seq_len:,} tokens; the longest has {data.length_max:,}."
+        )
+    asked = search.pins.get("max_seq_len")
+    if asked is not None and asked > chosen.max_seq_len:
+        notes.append(f"--max-seq-len {asked:,} is limited to the model's context of {search.context:,} tokens.")
+    cap = search.pins.get("micro_batch_tokens")
+    if cap is not None and cap < search.longest_sample(chosen.max_seq_len):
+        notes.append(
+            f"Samples of more than {cap:,} tokens form micro-batches of their own: memory is counted for the longest."
+        )
+    if data is not None and data.train_samples < 50:
+        notes.append(f"Only {data.train_samples} training samples: expect a change of style, not new skills.")
+    if not device.present:
+        notes.append(f"{device.name} is not in this machine: the plan is for one that has it.")
+    if device.kind == "cuda":
+        notes.append("CUDA context and allocator slack are assumptions here, not measurements.")
+    return tuple(notes)
+
+
+def _precision_why(search: Search, chosen: Candidate) -> str:
+    words = _PRECISION_WORDS[chosen.precision]
+    place = search.precisions.index(chosen.precision)
+    if place == 0:
+        reason = "the only form this base has" if len(search.precisions) == 1 else "the most exact base fits"
+        return f"{words}: {reason}"
+    better = search.precisions[place - 1]
+    peak = search.cost(search.leanest(chosen.max_seq_len, better, search.ranks[-1])).peak_bytes
+    return f"{words}: {better} needs {format_gib(peak)} at the least"
+
+
+def _length_why(search: Search, chosen: Candidate, data: DataSummary | None) -> str:
+    length = chosen.max_seq_len
+    if data is None:
+        return search.request.preset.max_seq_len.description
+    if data.overlong == 0:
+        return "the longest sample: all stay whole"
+    samples = search.request.lengths.samples if search.request.lengths is not None else data.train_samples
+    whole = format_share((samples - data.overlong) / samples)
+    if length == search.context:
+        return f"the model's context; {whole} of the samples stay whole"
+    if length < search.target_length():
+        return f"the longest that fits the budget; {whole} of the samples stay whole"
+    return f"{whole} of the samples stay whole, as the preset asks"
+
+
+def _overlong_why(data: DataSummary | None) -> str:
+    if data is not None and data.overlong == 0:
+        return "no sample is longer"
+    return "longer samples lose their end; drop leaves them out instead"
+
+
+def _rank_why(search: Search, chosen: Candidate) -> str:
+    if chosen.rank == search.ranks[0]:
+        return search.request.preset.ranks.description.rstrip(".")
+    better = search.ranks[search.ranks.index(chosen.rank) - 1]
+    peak = search.cost(search.leanest(chosen.max_seq_len, chosen.precision, better)).peak_bytes
+    return f"rank {better} needs {format_gib(peak)} at the least"
+
+
+def _micro_batch_why(search: Search, chosen: Candidate) -> str:
+    longest = search.longest_sample(chosen.max_seq_len)
+    if chosen.micro_batch_tokens == longest:
+        return "the longest sample: more would not fit, or bring nothing"
+    lengths = search.request.lengths
+    if lengths is not None and chosen.micro_batch_tokens >= lengths.step_tokens(
+        search.samples_per_step, chosen.max_seq_len
+    ):
+        return "a whole optimizer step fits at once"
+    return "packed without padding; enough to keep the device busy"
+
+
+def _checkpointing_why(search: Search, chosen: Candidate) -> str:
+    if chosen.checkpointing == "none":
+        return "activations fit; nothing is computed twice"
+    return "keeps each layer's input and computes the rest again: less memory, about a third slower"
+
+
+def _chunk_why(search: Search) -> str:
+    return f"logits over {search.shape.vocab:,} tokens exist for this many rows at a time"
+
+
+def _samples_why(search: Search, recipe: Recipe) -> tuple[str, Origin]:
+    preset = search.request.preset.samples_per_step
+    if recipe.samples_per_step < preset.value:
+        return "fewer than usual: small data needs the steps more", "auto"
+    return preset.description, "preset"
+
+
+def _epochs_why(search: Search, recipe: Recipe) -> tuple[str, Origin]:
+    preset = search.request.preset
+    if recipe.epochs > preset.epochs.value:
+        return f"small data: more passes, towards {preset.min_steps.value} steps", "auto"
+    return preset.epochs.description, "preset"
+
+
+def _rate_why(search: Search) -> str:
+    base = search.request.preset.learning_rate.value
+    return (
+        f"{base:g} at a width of 4,096; this model is {search.shape.hidden:,} wide, and narrow ones take larger steps"
+    )
