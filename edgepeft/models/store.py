@@ -20,10 +20,17 @@ from edgepeft.errors import BadInput, DiskProblem
 from edgepeft.models.conversion import Progress, convert
 from edgepeft.models.embedded import EMBEDDED, EMBEDDED_LICENCE, embedded_gguf
 from edgepeft.models.fingerprint import fingerprint_files
+from edgepeft.models.gguf_header import check_convertible
 from edgepeft.models.quantized import StoredAs
 from edgepeft.models.references import gguf_in, is_gguf, looks_like_path, model_folder, not_on_disk
 from edgepeft.models.shape import ModelShape
-from edgepeft.models.source_folder import FolderContents, copy_small_files, inspect_folder, small_files_changed
+from edgepeft.models.source_folder import (
+    FolderContents,
+    copy_small_files,
+    inspect_folder,
+    small_files_changed,
+    template_text,
+)
 from edgepeft.paths import as_name, check_name, disk_errors, home, write_atomic
 from edgepeft.units import MIB, format_bytes
 
@@ -223,7 +230,7 @@ def _add_folder(source: Path, name: str | None, copy: bool, progress: Progress |
         ):
             return existing
         with _work_folder(chosen) as work:
-            notes = contents.notes + copy_small_files(contents, work, progress)
+            notes = contents.notes + copy_small_files(contents, work, progress) + _template_notes(work)
             if kind == "copy":
                 _copy_weights(contents, work, progress)
             entry = ModelEntry(
@@ -245,6 +252,7 @@ def _add_folder(source: Path, name: str | None, copy: bool, progress: Progress |
 
 
 def _add_gguf(file: Path, name: str, kind: Kind, progress: Progress | None, *, fixed_name: bool) -> ModelEntry:
+    check_convertible(file)
     fingerprint = fingerprint_files([file], progress)
     chosen = _free_name(name, fingerprint, fixed=fixed_name)
     with _locked(chosen):
@@ -266,11 +274,15 @@ def _add_gguf(file: Path, name: str, kind: Kind, progress: Progress | None, *, f
                 stored_as=contents.stored_as,
                 weights_bytes=contents.weights_bytes,
                 licence=converted.licence or (EMBEDDED_LICENCE if kind == "embedded" else None),
-                notes=contents.notes + converted.notes,
+                notes=contents.notes + converted.notes + _template_notes(work),
                 added=_now(),
             )
             _publish(work, entry)
     return entry
+
+
+def _template_notes(folder: Path) -> tuple[str, ...]:
+    return () if template_text(folder) is not None else ("it has no chat template",)
 
 
 def _copy_weights(contents: FolderContents, folder: Path, progress: Progress | None) -> None:

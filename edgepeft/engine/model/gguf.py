@@ -7,6 +7,7 @@ through the `gguf` package, one tensor at a time, so that memory stays near the 
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -64,13 +65,19 @@ def convert_gguf(source: Path, folder: Path, progress: Callable[[str, float | No
             progress("converting", done / max(1, total))
     progress("tokenizer", None)
     _write_config(folder, config, type(model).__name__)
-    notes = write_gguf_tokenizer(source, folder, reader, context_length=config.max_position_embeddings)
+    write_gguf_tokenizer(source, folder, reader, context_length=config.max_position_embeddings)
     write_generation_config(folder, reader)
+    licence = gguf_value(reader, "general.license")
+    return Converted(notes=tuple(_origin_notes(reader)), licence=str(licence) if licence else None)
+
+
+def _origin_notes(reader: GGUFReader) -> list[str]:
     kinds = Counter(tensor.tensor_type.name for tensor in reader.tensors if len(tensor.shape) > 1)
     main = kinds.most_common(1)[0][0] if kinds else "F32"
-    notes.insert(0, f"converted to bf16 from a GGUF whose weights are {main}")
-    licence = gguf_value(reader, "general.license")
-    return Converted(notes=tuple(notes), licence=str(licence) if licence else None)
+    notes = [f"converted to bf16 from a GGUF whose weights are {main}"]
+    if re.match(r"I?Q[1-5]|MXFP4|NVFP4", main):
+        notes.append("these weights were rounded to few bits once; holding them in NF4 rounds them a second time")
+    return notes
 
 
 def open_gguf(path: Path) -> GGUFReader:

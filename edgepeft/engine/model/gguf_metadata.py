@@ -83,7 +83,7 @@ def _llama3_scaling(divisors: np.ndarray, theta: float) -> dict[str, Any]:
     }
 
 
-def write_gguf_tokenizer(source: Path, folder: Path, reader: GGUFReader, *, context_length: int) -> list[str]:
+def write_gguf_tokenizer(source: Path, folder: Path, reader: GGUFReader, *, context_length: int) -> None:
     """Writes tokenizer.json, tokenizer_config.json and, where the file has one, chat_template.jinja.
 
     Raises:
@@ -106,7 +106,6 @@ def write_gguf_tokenizer(source: Path, folder: Path, reader: GGUFReader, *, cont
         settings.pop(key, None)
     settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": context_length}
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    return [] if tokenizer.chat_template else ["the file has no chat template"]
 
 
 def _split_digits(tokenizer: Any) -> None:
