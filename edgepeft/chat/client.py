@@ -117,9 +117,14 @@ class SyncInference:
                     client.ready = reply
                     break
         except BaseException:
-            client.close()
+            client._connection.kill()
             raise
         return client
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process can answer still."""
+        return self._connection.alive
 
     def generate(
         self,
@@ -148,7 +153,7 @@ class SyncInference:
         *,
         batch_size: int = 16,
     ) -> Iterator[Answer]:
-        """Answers many prompts; each `Answer` says by its `index` which prompt it belongs to, and comes when it is done."""
+        """Answers many prompts; each `Answer` comes when it is done and says by `index` which prompt it belongs to."""
         request = GenerateBatch(
             id=next(self._ids),
             prompts=[list(prompt) for prompt in prompts],
@@ -241,9 +246,15 @@ class InferenceClient:
                     client.ready = reply
                     break
         except BaseException:
-            await client.close()
+            # Not awaited in another thread: a cancelled task gets no further chance to wait.
+            client._connection.kill()
             raise
         return client
+
+    @property
+    def alive(self) -> bool:
+        """Whether the process can answer still."""
+        return self._connection.alive
 
     async def generate(
         self,
@@ -273,7 +284,7 @@ class InferenceClient:
         *,
         batch_size: int = 16,
     ) -> AsyncIterator[Answer]:
-        """Answers many prompts; each `Answer` says by its `index` which prompt it belongs to, and comes when it is done."""
+        """Answers many prompts; each `Answer` comes when it is done and says by `index` which prompt it belongs to."""
         request = GenerateBatch(
             id=next(self._ids),
             prompts=[list(prompt) for prompt in prompts],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import threading
 from collections.abc import Callable
@@ -89,13 +90,21 @@ class Connection:
             hint=f"Its log is {self.log_file}",
         )
 
+    @property
+    def alive(self) -> bool:
+        """Whether the process still runs."""
+        return self._process.poll() is None
+
+    def kill(self) -> None:
+        """Ends the process at once, as while it loads and listens to nobody."""
+        self._process.kill()
+        self.close()
+
     def close(self) -> None:
         """Ends the process; waits a few seconds for it to go by itself."""
-        with self._writing:
-            try:
-                self._stdin.close()
-            except OSError:
-                pass
+        # Closing flushes, which fails when the process is gone already.
+        with self._writing, contextlib.suppress(OSError):
+            self._stdin.close()
         try:
             self._process.wait(timeout=_PATIENCE_SECONDS)
         except subprocess.TimeoutExpired:

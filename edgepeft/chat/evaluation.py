@@ -5,19 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import msgspec
 
 from edgepeft.chat.client import SyncInference
 from edgepeft.chat.protocol import AdapterUse, Answer, Sampling
 from edgepeft.chat.scoring import Row, Scores, score_answers
+from edgepeft.data.conversation import RecordError
 from edgepeft.data.encode import encode_prompt, encode_record
 from edgepeft.data.records import BadRecord, Format, Record, read_records
 from edgepeft.data.template import ChatTemplate
 from edgepeft.data.tokens import Tokenizer
 from edgepeft.errors import BadInput
 from edgepeft.models.store import ModelEntry
+from edgepeft.spec import TrainOn
 
 _LOSS_SAMPLES = 64
 """Samples of one loss request: small enough that progress moves, large enough to be batched well."""
@@ -70,6 +71,8 @@ class EvaluationProgress(msgspec.Struct, frozen=True):
 
 
 Progress = Callable[[EvaluationProgress], None]
+_Sample = tuple[int, list[int], list[bool]]
+"""Index of the record, token ids, and which of them are trained."""
 
 
 def evaluate(
@@ -80,11 +83,12 @@ def evaluate(
     *,
     max_new_tokens: int = 256,
     limit: int | None = None,
-    template_text: str | None = None,
+    template: ChatTemplate | None = None,
+    stop_ids: Sequence[int] | None = None,
     system: str | None = None,
     format: Format | None = None,
     columns: dict[str, str] | None = None,
-    batch_size: int = 16,
+    batch_size: int = 32,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Scores the base with `adapters` on every usable record of `data`, answering greedily.
@@ -96,7 +100,8 @@ def evaluate(
         adapters: active for losses and answers.
         max_new_tokens: longest answer.
         limit: use only the first records.
-        template_text: the chat template that the adapter was trained with; None for the base's own.
+        template: the chat template; None for the base's own.
+        stop_ids: tokens that end an answer; None for those of the template.
         system: put before records that have no system message, as in training.
         format: of the file; detected when None.
         columns: the format's field → the file's column.
@@ -106,35 +111,18 @@ def evaluate(
     Raises:
         BadInput: the file cannot be read, or has no usable record.
     """
-    folder = Path(entry.folder)
-    tokenizer = Tokenizer.load(folder)
-    template = ChatTemplate.load(folder, template_text)
+    tokenizer = Tokenizer.load(Path(entry.folder))
+    template = template or ChatTemplate.load(Path(entry.folder))
     notes: list[str] = []
     records = _usable_records(data, format, columns, limit, notes)
     begun = time.perf_counter()
-    losses, counts, overlong = _losses(client, entry, records, tokenizer, template, system, adapters, progress)
-    if overlong:
-        notes.append(
-            f"{overlong} samples are longer than the model's {entry.shape.context_length:,} tokens: no loss for them"
-        )
-    prompts: dict[int, list[int]] = {}
-    unanswerable = 0
-    for index, record in enumerate(records):
-        messages = _with_system(record, system)
-        if not messages or messages[-1]["role"] != "assistant" or messages[-1].get("tool_calls"):
-            unanswerable += 1
-            continue
-        prompt = encode_prompt(messages[:-1], tokenizer, template, list(record.tools) or None)
-        if len(prompt) < entry.shape.context_length:
-            prompts[index] = prompt
-        else:
-            unanswerable += 1
-    if unanswerable:
-        notes.append(f"{unanswerable} records count for the loss only: plain text, a tool call, or too long a prompt")
+    samples = _samples(records, tokenizer, template, system, entry.shape.context_length, notes)
+    prompts = _prompts(records, tokenizer, template, system, entry.shape.context_length, notes)
+    losses, counts = _losses(client, samples, len(records), adapters, progress)
     answers, answer_seconds = _answers(
         client,
         list(prompts.values()),
-        tokenizer.stop_token_ids(template),
+        tokenizer.stop_token_ids(template) if stop_ids is None else stop_ids,
         adapters,
         max_new_tokens,
         batch_size,
@@ -197,35 +185,73 @@ def _usable_records(
     return records
 
 
-def _with_system(record: Record, system: str | None) -> list[dict[str, Any]]:
-    messages = list(record.messages)
-    if system and messages and messages[0]["role"] != "system":
-        return [{"role": "system", "content": system}, *messages]
-    return messages
-
-
-def _losses(
-    client: SyncInference,
-    entry: ModelEntry,
+def _samples(
     records: Sequence[Record],
     tokenizer: Tokenizer,
     template: ChatTemplate,
     system: str | None,
-    adapters: Sequence[AdapterUse],
-    progress: Progress | None,
-) -> tuple[list[float], list[int], int]:
-    """Mean loss and trained tokens of each record; and how many samples were too long to be scored."""
-    samples: list[tuple[int, list[int], list[bool]]] = []
-    overlong = 0
+    longest: int,
+    notes: list[str],
+) -> list[_Sample]:
+    """What the loss is taken of; samples that the model cannot take are noted and left out."""
+    samples: list[_Sample] = []
+    overlong = refused = 0
     for index, record in enumerate(records):
-        if system and record.messages:
-            record = msgspec.structs.replace(record, messages=tuple(_with_system(record, system)))
-        for sample in encode_record(record, tokenizer, template, "assistant" if record.messages else "all"):
-            if len(sample.ids) > entry.shape.context_length:
+        train_on: TrainOn = "assistant" if record.messages else "all"
+        try:
+            encoded = encode_record(record, tokenizer, template, train_on, system=system)
+        except RecordError:
+            refused += 1
+            continue
+        for sample in encoded:
+            if len(sample.ids) > longest:
                 overlong += 1
             else:
-                samples.append((index, list(sample.ids), list(sample.mask)))
-    sums, counts = [0.0] * len(records), [0] * len(records)
+                samples.append((index, sample.ids, sample.mask))
+    if refused:
+        notes.append(f"{refused} records are refused by the chat template")
+    if overlong:
+        notes.append(f"{overlong} samples are longer than the model's {longest:,} tokens: no loss for them")
+    return samples
+
+
+def _prompts(
+    records: Sequence[Record],
+    tokenizer: Tokenizer,
+    template: ChatTemplate,
+    system: str | None,
+    longest: int,
+    notes: list[str],
+) -> dict[int, list[int]]:
+    """Index of the record → the tokens that its last answer follows."""
+    prompts: dict[int, list[int]] = {}
+    for index, record in enumerate(records):
+        messages = list(record.messages)
+        if not messages or messages[-1]["role"] != "assistant" or messages[-1].get("tool_calls"):
+            continue
+        if system and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": system})
+        try:
+            prompt = encode_prompt(messages[:-1], tokenizer, template, list(record.tools) or None)
+        except RecordError:
+            continue
+        if len(prompt) < longest:
+            prompts[index] = prompt
+    if len(prompts) < len(records):
+        rest = len(records) - len(prompts)
+        notes.append(f"{rest} records are not answered: plain text, a tool call, or too long a prompt")
+    return prompts
+
+
+def _losses(
+    client: SyncInference,
+    samples: Sequence[_Sample],
+    records: int,
+    adapters: Sequence[AdapterUse],
+    progress: Progress | None,
+) -> tuple[list[float], list[int]]:
+    """Mean loss and number of trained tokens of each record."""
+    sums, counts = [0.0] * records, [0] * records
     begun = time.perf_counter()
     for start in range(0, len(samples), _LOSS_SAMPLES):
         part = samples[start : start + _LOSS_SAMPLES]
@@ -236,8 +262,7 @@ def _losses(
             sums[index] += loss * trained
             counts[index] += trained
         _tell(progress, "losses", start + len(part), len(samples), begun)
-    means = [total / count if count else 0.0 for total, count in zip(sums, counts, strict=True)]
-    return means, counts, overlong
+    return [total / count if count else 0.0 for total, count in zip(sums, counts, strict=True)], counts
 
 
 def _answers(

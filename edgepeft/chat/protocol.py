@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import msgspec
 
+from edgepeft.errors import UsageError
+
 
 class AdapterUse(msgspec.Struct, frozen=True):
     """An adapter and its strength."""
@@ -33,6 +35,25 @@ class Sampling(msgspec.Struct, frozen=True):
     """Divide positive logits of tokens that already occurred (Keskar et al. 2019, arXiv 1909.05858)."""
     max_new_tokens: int = 512
     seed: int | None = None
+
+
+def check_sampling(sampling: Sampling) -> None:
+    """Refuses values that no distribution can be made from.
+
+    Raises:
+        UsageError: a value is out of its range.
+    """
+    limits = (
+        ("temperature", sampling.temperature >= 0, "0 or above"),
+        ("top-p", 0 < sampling.top_p <= 1, "above 0 and up to 1"),
+        ("top-k", sampling.top_k >= 0, "0 (all) or above"),
+        ("min-p", 0 <= sampling.min_p < 1, "0 up to, but not 1"),
+        ("repetition-penalty", sampling.repetition_penalty > 0, "above 0; 1 switches it off"),
+        ("max-new-tokens", sampling.max_new_tokens >= 1, "1 or above"),
+    )
+    for name, allowed, wanted in limits:
+        if not allowed:
+            raise UsageError("is out of range", where=name, hint=f"Use {wanted}")
 
 
 class _Request(msgspec.Struct, frozen=True, tag_field="type", kw_only=True):
@@ -109,8 +130,6 @@ class Token(_Reply, frozen=True, tag="token"):
 class Answer(_Reply, frozen=True, tag="answer"):
     """An answer ended."""
 
-    index: int = 0
-    """Position in a batch."""
     ids: list[int]
     """All its tokens, without the stop token."""
     stopped_by: str
@@ -118,6 +137,9 @@ class Answer(_Reply, frozen=True, tag="answer"):
     prompt_tokens: int
     prefill_seconds: float
     tokens_per_second: float
+    """Speed after the prompt was read."""
+    index: int = 0
+    """Position in a batch."""
 
 
 class LossScored(_Reply, frozen=True, tag="loss"):

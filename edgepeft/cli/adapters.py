@@ -1,10 +1,275 @@
-"""Commands: adapters."""
+"""`edgepeft adapters`: the library of trained adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-app = typer.Typer(no_args_is_help=True)
+from edgepeft.cli.output import JsonFlag, line, note, print_json, row, table
+from edgepeft.cli.output import console as out
+
+if TYPE_CHECKING:
+    from edgepeft.library.card import Card
+    from edgepeft.library.store import AdapterFolder
+
+app = typer.Typer(no_args_is_help=True, help="List, show, import and remove adapters.")
+
+Reference = Annotated[str, typer.Argument(help="NAME, NAME@v2 or a folder.")]
 
 
-@app.callback()
-def group() -> None:
-    """adapters."""
+@app.command("list")
+def list_(as_json: JsonFlag = False) -> None:
+    """List every version in the library."""
+    from edgepeft.library.store import scan_library
+    from edgepeft.units import format_bytes
+
+    adapters, broken = scan_library()
+    if as_json:
+        print_json(
+            {
+                "adapters": [_summary(adapter) for adapter in adapters],
+                "broken": [{"path": str(version.path), "why": version.why} for version in broken],
+            }
+        )
+        return
+    for version in broken:
+        note(f"Unusable: {version.why}", "yellow")
+    if not adapters:
+        line(
+            "The library is empty. Train an adapter with edgepeft train MODEL DATA --name N, "
+            "or take one over with edgepeft adapters import FOLDER --name N."
+        )
+        return
+    grid = table("adapter", "base", "method", "precision", "eval loss", "size", "made", right=("eval loss", "size"))
+    for adapter in adapters:
+        card = adapter.card
+        loss = card.metrics.get("eval_loss") if card else None
+        row(
+            grid,
+            adapter.reference,
+            card.base if card else str(adapter.config.get("base_model_name_or_path") or "n/a"),
+            _method(adapter),
+            card.recipe.precision if card else "n/a",
+            "n/a" if loss is None else f"{loss:.3f}",
+            format_bytes(adapter.weights.stat().st_size),
+            card.created[:16].replace("T", " ") if card else "imported",
+        )
+    out.print(grid)
+
+
+@app.command("show")
+def show(
+    reference: Reference,
+    every: Annotated[bool, typer.Option("--parameters", help="List every parameter, not a summary.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Show what an adapter is: its base, recipe, results, and every parameter it changes."""
+    from edgepeft.library.store import read_audit, resolve_adapter
+    from edgepeft.models.headers import read_header
+
+    adapter = resolve_adapter(reference)
+    tensors = read_header(adapter.weights)
+    audit = read_audit(adapter.name) if adapter.name else []
+    if as_json:
+        print_json(
+            {
+                **_summary(adapter),
+                "config": adapter.config,
+                "card": adapter.card,
+                "tensors": [{"name": tensor.name, "shape": tensor.shape, "dtype": tensor.dtype} for tensor in tensors],
+                "audit": audit,
+            }
+        )
+        return
+    grid = table("", "")
+    grid.show_header = False
+    for key, value in (
+        ("adapter", adapter.reference),
+        ("folder", str(adapter.path)),
+        *(_card_lines(adapter.card) if adapter.card else _config_lines(adapter)),
+    ):
+        row(grid, key, value)
+    out.print(grid)
+    line()
+    if every:
+        for tensor in tensors:
+            line(f"{'×'.join(map(str, tensor.shape)):>12}  {tensor.dtype}  {tensor.name}")
+    else:
+        total = sum(tensor.entries for tensor in tensors)
+        line(f"{len(tensors)} parameters with {total:,} entries, all of them added beside a frozen base:", "bold")
+        groups = _grouped([(tensor.name, tensor.shape) for tensor in tensors])
+        changes = table("where", "layers", "shapes", "entries", right=("entries",))
+        for where, layers, shapes, entries in groups:
+            row(changes, where, layers, shapes, f"{entries:,}")
+        out.print(changes)
+    for entry in audit:
+        detail = f" ({entry.detail})" if entry.detail else ""
+        line(f"{entry.time[:16].replace('T', ' ')}  {entry.user} {entry.action} v{entry.version}{detail}", "dim")
+
+
+@app.command("import")
+def import_(
+    folder: Annotated[Path, typer.Argument(help="A folder that PEFT or edgepeft saved an adapter into.")],
+    name: Annotated[str, typer.Option("--name", help="Name in the library.")],
+    base: Annotated[
+        str | None, typer.Option("--base", help="Check it against this base model first.", show_default=False)
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Copy a PEFT folder into the library as the next version of NAME."""
+    from edgepeft.library.store import check_base, import_adapter, open_adapter, resolve_adapter
+    from edgepeft.models.store import find_model
+
+    warnings = check_base(open_adapter(folder.expanduser()), find_model(base)) if base else []
+    reference = import_adapter(folder.expanduser(), name)
+    if as_json:
+        print_json({**_summary(resolve_adapter(reference)), "warnings": warnings})
+        return
+    for warning in warnings:
+        note(f"Warning: {warning}", "yellow")
+    line(f"Imported as {reference}")
+
+
+@app.command("remove")
+def remove(
+    reference: Annotated[str, typer.Argument(help="NAME for all its versions, or NAME@v2.")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    as_json: JsonFlag = False,
+) -> None:
+    """Remove one version, or all versions of a name."""
+    from edgepeft.cli.output import interactive
+    from edgepeft.errors import UsageError
+    from edgepeft.library.store import removable
+    from edgepeft.library.store import remove as remove_versions
+
+    name, version, doomed = removable(reference)
+    if not yes:
+        if not interactive():
+            raise UsageError(f"this removes {', '.join(doomed)}", where="adapters remove", hint="Add --yes to do it")
+        if not typer.confirm(f"Remove {', '.join(doomed)} for good?"):
+            line("Nothing was removed.")
+            return
+    gone = remove_versions(name, version)
+    if as_json:
+        print_json({"removed": gone})
+        return
+    line(f"Removed {', '.join(gone)}")
+
+
+def _summary(adapter: AdapterFolder) -> dict[str, Any]:
+    card = adapter.card
+    return {
+        "reference": adapter.reference,
+        "name": adapter.name,
+        "version": adapter.version,
+        "path": str(adapter.path),
+        "bytes": adapter.weights.stat().st_size,
+        "method": _method(adapter),
+        "base": card.base if card else adapter.config.get("base_model_name_or_path"),
+        "base_fingerprint": card.base_fingerprint if card else None,
+        "precision": card.recipe.precision if card else None,
+        "created": card.created if card else None,
+        "metrics": card.metrics if card else {},
+    }
+
+
+def _method(adapter: AdapterFolder) -> str:
+    kind = str(adapter.config["peft_type"]).lower()
+    rank = adapter.config.get("r")
+    return f"{kind} r{rank}" if isinstance(rank, int) else kind
+
+
+def _card_lines(card: Card) -> list[tuple[str, str]]:
+    from edgepeft.units import format_bytes, format_count, format_seconds, format_share
+
+    recipe, layout = card.recipe, card.layout
+    method = recipe.method
+    lines = [
+        ("made", f"{card.created}, by run {card.run}, {card.steps} steps"),
+        ("base", f"{card.base}, held in {recipe.precision}, computed in {recipe.compute_dtype}"),
+        ("base fingerprint", card.base_fingerprint),
+        (
+            "method",
+            f"lora, rank {method.rank}, alpha {method.alpha:g}, dropout {method.dropout:g}, "
+            f"on {', '.join(method.targets)}",
+        ),
+        (
+            "trainable",
+            f"{format_count(card.trainable_parameters)} parameters, "
+            f"{format_share(card.trainable_share, digits=2)} of the model's",
+        ),
+        ("data", f"{recipe.data.path} ({recipe.data.format}, trained on {recipe.data.train_on})"),
+        ("data fingerprint", recipe.data.fingerprint),
+        (
+            "recipe",
+            f"{recipe.epochs:g} epochs, {recipe.samples_per_step} samples a step, up to {recipe.max_seq_len} tokens, "
+            f"learning rate {recipe.optimizer.learning_rate:g} {recipe.schedule.name}, seed {recipe.seed}",
+        ),
+        ("layout", f"{layout.micro_batch_tokens} tokens a micro-batch, checkpointing {layout.checkpointing}"),
+    ]
+    if recipe.data.system:
+        lines.append(("system message", recipe.data.system))
+    if card.template:
+        lines.append(
+            (
+                "chat template",
+                f"{card.template.fingerprint}, stops at tokens {', '.join(map(str, card.template.stop_token_ids))}",
+            )
+        )
+    if card.parent:
+        lines.append(("trained from", card.parent))
+    for key, value in card.metrics.items():
+        shown = (
+            format_bytes(value)
+            if key.endswith("_bytes")
+            else format_seconds(value)
+            if key.endswith("_seconds")
+            else f"{value:,.4g}"
+        )
+        lines.append((key.replace("_", " "), shown))
+    lines.append(("versions", ", ".join(f"{name} {version}" for name, version in card.versions.items())))
+    lines += [("note", text) for text in card.notes]
+    return lines
+
+
+def _config_lines(adapter: AdapterFolder) -> list[tuple[str, str]]:
+    config = adapter.config
+    targets = config.get("target_modules")
+    return [
+        ("card", "none: it was not made by edgepeft, so its base is checked by shape only"),
+        ("base", f"{config.get('base_model_name_or_path') or 'n/a'}, as its config says"),
+        ("method", f"{_method(adapter)}, alpha {config.get('lora_alpha', 'n/a')}"),
+        ("modules", ", ".join(sorted(map(str, targets))) if isinstance(targets, list) else str(targets or "n/a")),
+    ]
+
+
+def _grouped(tensors: list[tuple[str, tuple[int, ...]]]) -> list[tuple[str, str, str, int]]:
+    """Parameters that differ only in their layer in one line: module, layers, shapes, entries."""
+    import math
+    import re
+
+    found: dict[str, tuple[set[int], dict[tuple[int, ...], None], int]] = {}
+    for name, shape in tensors:
+        match = re.search(r"\.layers\.(\d+)\.", name)
+        where = name[match.end() :] if match else name
+        layers, shapes, entries = found.get(where, (set(), {}, 0))
+        if match:
+            layers.add(int(match.group(1)))
+        found[where] = (layers, {**shapes, shape: None}, entries + math.prod(shape))
+    return [
+        (where, _ranges(sorted(layers)), ", ".join("×".join(map(str, shape)) for shape in shapes), entries)
+        for where, (layers, shapes, entries) in found.items()
+    ]
+
+
+def _ranges(numbers: list[int]) -> str:
+    """`0–29`, or `0–3, 7`."""
+    parts: list[list[int]] = []
+    for number in numbers:
+        if parts and number == parts[-1][-1] + 1:
+            parts[-1][1:] = [number]
+        else:
+            parts.append([number])
+    return ", ".join("–".join(map(str, part)) for part in parts) or "–"

@@ -247,6 +247,21 @@ def check_same_base(name: str, base_fingerprint: str) -> None:
             )
 
 
+def removable(reference: str) -> tuple[str, int | None, list[str]]:
+    """What `NAME` or `NAME@v2` would remove: name, version (None for all), and the references that go.
+
+    Raises:
+        BadInput: there is no such adapter in the library.
+    """
+    match = _REFERENCE.fullmatch(reference)
+    name, wanted = match.groups() if match else ("", None)
+    version = int(wanted) if wanted else None
+    doomed = [number for number in _versions(name) if version in (None, number)] if name else []
+    if not doomed:
+        raise BadInput(f"no adapter in the library is called {reference!r}", hint="See: edgepeft adapters list")
+    return name, version, [f"{name}@v{number}" for number in doomed]
+
+
 def remove(name: str, version: int | None = None) -> list[str]:
     """Removes one version, or all of them; the audit stays. Returns the references that are gone.
 
@@ -254,15 +269,8 @@ def remove(name: str, version: int | None = None) -> list[str]:
         BadInput: there is no such adapter.
         DiskProblem: a file may not be deleted.
     """
-    versions = _versions(name)
-    chosen = [number for number in versions if version in (None, number)]
-    if not chosen:
-        wanted = f"{name}@v{version}" if version else name
-        raise BadInput(
-            f"there is no adapter {wanted!r} in the library",
-            where="adapters",
-            hint="See: edgepeft adapters list",
-        )
+    removable(f"{name}@v{version}" if version else name)
+    chosen = [number for number in _versions(name) if version in (None, number)]
     folder = home().adapters / name
     for number in chosen:
         doomed = folder / f".v{number}.removed"

@@ -10,27 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from edgepeft.chat.protocol import Sampling
-from edgepeft.errors import UsageError
-
-
-def check_sampling(sampling: Sampling) -> None:
-    """Refuses values that no distribution can be made from.
-
-    Raises:
-        UsageError: a value is out of its range.
-    """
-    limits = (
-        ("temperature", sampling.temperature >= 0, "0 or above"),
-        ("top-p", 0 < sampling.top_p <= 1, "above 0 and up to 1"),
-        ("top-k", sampling.top_k >= 0, "0 (all) or above"),
-        ("min-p", 0 <= sampling.min_p < 1, "0 up to, but not 1"),
-        ("repetition-penalty", sampling.repetition_penalty > 0, "above 0; 1 switches it off"),
-        ("max-new-tokens", sampling.max_new_tokens >= 1, "1 or above"),
-    )
-    for name, allowed, wanted in limits:
-        if not allowed:
-            raise UsageError("is out of range", where=name, hint=f"Use {wanted}")
+from edgepeft.chat.protocol import Sampling, check_sampling
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

@@ -76,7 +76,11 @@ class Session:
         Raises:
             BadInput: a folder is missing, or its tensors do not belong to this base.
         """
-        wanted = [(self._read(use.folder), use.scale) for use in uses]
+        scales: dict[str, float] = {}
+        for use in uses:
+            name = self._read(use.folder)
+            scales[name] = scales.get(name, 0.0) + use.scale
+        wanted = list(scales.items())
         set_active(self.loaded, wanted)
         self.active = tuple(wanted)
         while len(self._adapters) > max(_KEPT_ADAPTERS, len(wanted)):
@@ -114,7 +118,11 @@ class Session:
         if known is None:
             self._count += 1
             name = f"adapter-{self._count}"
-            read_adapter(Path(folder), self.loaded, name)
+            adapter = read_adapter(Path(folder), self.loaded, name)
+            for parameter in adapter.named_parameters().values():
+                # Products would cast it at every token; nothing is trained here.
+                parameter.requires_grad_(False)
+                parameter.data = parameter.data.to(DTYPES[self.loaded.compute_dtype])
             known = (state, name)
         self._adapters[folder] = known
         return known[1]
