@@ -8,7 +8,22 @@ from typing import Annotated
 
 import typer
 
-from edgepeft.cli import adapters, chat, config, data, demo, doctor, evaluate, methods, models, plan, profiles, runs, train, where
+from edgepeft.cli import (
+    adapters,
+    chat,
+    config,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    methods,
+    models,
+    plan,
+    profiles,
+    runs,
+    train,
+    where,
+)
 from edgepeft.cli.output import stderr
 from edgepeft.errors import EdgepeftError, ExitCode
 
@@ -73,17 +88,14 @@ def _open_ui() -> None:
 
 def run(arguments: list[str]) -> None:
     """Runs one command line and exits with the code that its outcome has."""
-    import click
-
     try:
         code = app(args=arguments, standalone_mode=False)
     except EdgepeftError as error:
         _fail(str(error), error, error.exit_code)
-    except click.exceptions.Abort:
+    except typer.Abort:
         sys.exit(ExitCode.INTERRUPTED)
-    except click.ClickException as error:
-        error.show()
-        sys.exit(ExitCode.USAGE)
+    except typer.TyperException as error:
+        _fail(f"{error} Add --help to see what there is.", error, ExitCode.USAGE)
     except KeyboardInterrupt:
         sys.exit(ExitCode.INTERRUPTED)
     except BrokenPipeError:

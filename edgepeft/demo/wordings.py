@@ -465,7 +465,7 @@ IMPACTS: dict[str, tuple[str, ...]] = {
         "Full outage since the alert.",
         "Outage: the service is unavailable for all users.",
         "Production is down for every customer.",
-        "All users are locked out, complete outage.",
+        "All users are stuck, complete outage.",
         "Total failure for every user.",
     ),
     "major": (

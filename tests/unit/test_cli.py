@@ -1,0 +1,107 @@
+"""How the program starts and how an error leaves it."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+
+from edgepeft import __version__
+from edgepeft.cli import main
+from edgepeft.cli import where as where_command
+from edgepeft.errors import DoesNotFit, ExitCode
+
+
+def _run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["edgepeft", *arguments])
+    try:
+        main()
+        code = 0
+    except SystemExit as end:
+        code = int(end.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_version(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _run(capsys, monkeypatch, "--version") == (0, f"edgepeft {__version__}\n", "")
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out, _ = _run(capsys, monkeypatch)
+    assert code == 0
+    for command in (
+        *("ui", "demo", "where", "methods", "profiles", "doctor", "config", "cache", "models", "data", "plan", "train"),
+        *("runs", "chat", "eval", "adapters"),
+    ):
+        assert f"\n  {command} " in out
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["where", "--nonsense"], ["models", "nonsense"], ["plan"]])
+def test_a_wrong_command_line_is_one_clear_line(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, err = _run(capsys, monkeypatch, *arguments)
+    assert code == ExitCode.USAGE
+    assert out == ""
+    assert err.startswith("edgepeft: ")
+    assert len(err.splitlines()) == 1
+
+
+def test_our_errors_leave_as_one_line_with_their_code(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: object) -> int:
+        raise DoesNotFit("too [large]", where="plan", hint="Take\na smaller model")
+
+    monkeypatch.setattr(where_command, "_size_bytes", refuse)
+    code, _, err = _run(capsys, monkeypatch, "where")
+    assert code == ExitCode.DOES_NOT_FIT
+    assert err == "edgepeft: plan: too [large]. Take a smaller model.\n"
+
+
+def test_a_bug_says_so_and_shows_its_traceback_only_when_asked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: object) -> int:
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr(where_command, "_size_bytes", fail)
+    code, _, err = _run(capsys, monkeypatch, "where")
+    assert code == ExitCode.BUG
+    assert "internal error: ZeroDivisionError: oops" in err
+    assert "Traceback" not in err
+    monkeypatch.setenv("EDGEPEFT_DEBUG", "1")
+    _, _, err = _run(capsys, monkeypatch, "where")
+    assert "Traceback" in err
+
+
+def test_where_names_the_folders_of_this_home(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, edgepeft_home: object
+) -> None:
+    code, out, _ = _run(capsys, monkeypatch, "where", "--json")
+    assert code == 0
+    places = json.loads(out)
+    assert places["runs"] == {"path": f"{edgepeft_home}/runs", "bytes": None}
+    assert places["shipped profiles"]["bytes"] > 0
+
+
+def test_methods_are_listed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    _, out, _ = _run(capsys, monkeypatch, "methods", "list", "--json")
+    assert json.loads(out)[0] == {
+        "id": "lora",
+        "paper": "arXiv 2106.09685",
+        "peft": "LORA",
+        "adds": "a low-rank product beside each linear layer",
+        "merges": True,
+    }
+    code, out, _ = _run(capsys, monkeypatch, "methods", "show", "lora")
+    assert code == 0
+    assert "Hu et al. 2021" in out
+
+
+def test_config_is_set_shown_and_refused(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert _run(capsys, monkeypatch, "config", "set", "budget", "20GiB")[0] == 0
+    assert json.loads(_run(capsys, monkeypatch, "config", "show", "--json")[1])["budget"] == "20GiB"
+    assert _run(capsys, monkeypatch, "config", "set", "nonsense", "1")[0] == ExitCode.USAGE
