@@ -12,7 +12,7 @@ from torch import Tensor
 from edgepeft.data.packing import pack
 
 if TYPE_CHECKING:
-    from edgepeft.data.prepare import TokenTable
+    from edgepeft.data.token_table import TokenTable
 
 
 class Sample(NamedTuple):

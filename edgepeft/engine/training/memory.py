@@ -39,7 +39,8 @@ class LiveBytes:
     def __init__(self, device: torch.device) -> None:
         self._device = device.type
         self._known: dict[int, weakref.ref[Any]] = {}
-        self._watcher = _Watcher()
+        watcher: Any = _Watcher  # untyped in torch
+        self._watcher = watcher()
         self._watcher.count = self._count
         self.live_bytes = 0
         self.peak_bytes = 0
@@ -85,28 +86,37 @@ class LiveBytes:
 
 
 class MemoryGauge:
-    """The highest memory that training took, measured without slowing down steps that cannot raise it.
+    """The highest memory that training took, measured without slowing down micro-batches that cannot raise it.
 
-    On the CPU a micro-batch is watched when it is larger than all that were watched before, and during the first two
-    steps, in which gradients and optimizer state come into being.
+    On the CPU a micro-batch is watched when it is larger than all that were watched before.
     """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._largest = (0, 0)
+        self._largest_evaluated = (0, 0)
         self.live_bytes = 0
         self.peak_bytes = 0
 
     @property
     def reserved_bytes(self) -> int | None:
-        """What the CUDA allocator holds from the driver; None on the CPU."""
+        """What the CUDA allocator holds from the driver at most; None on the CPU."""
         return torch.cuda.max_memory_reserved(self._device) if self._device.type == "cuda" else None
 
-    def wants(self, step_in_process: int, tokens: int, longest: int) -> bool:
-        """Whether a micro-batch is worth watching."""
-        if self._device.type != "cpu":
-            return True
-        return step_in_process < 2 or tokens > self._largest[0] or longest > self._largest[1]
+    def forget_sizes(self) -> None:
+        """Lets micro-batches of every size be watched again; peaks stay."""
+        self._largest = (0, 0)
+        self._largest_evaluated = (0, 0)
+
+    def wants(self, tokens: int, longest: int) -> bool:
+        """Whether a training micro-batch of `tokens`, its longest sample `longest`, is worth watching."""
+        return self._device.type != "cpu" or tokens > self._largest[0] or longest > self._largest[1]
+
+    def wants_evaluation(self, tokens: int, longest: int) -> bool:
+        """The same for a micro-batch of an evaluation; remembers that it was watched."""
+        before = self._largest_evaluated
+        self._largest_evaluated = (max(before[0], tokens), max(before[1], longest))
+        return self._device.type != "cpu" or self._largest_evaluated != before
 
     @contextmanager
     def watch(self, tokens: int = 0, longest: int = 0) -> Iterator[None]:

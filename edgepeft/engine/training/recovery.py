@@ -22,6 +22,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def is_device_failure(error: BaseException) -> bool:
+    """Whether `error` comes from a card or its driver: an illegal access, a lost device, an ECC error."""
+    return isinstance(error, torch.AcceleratorError) or (isinstance(error, RuntimeError) and "CUDA error" in str(error))
+
+
 def smaller_layout(layout: Layout, tokens: int, samples: int) -> tuple[Layout, str] | None:
     """The next smaller layout and what changed in words; None when there is none left.
 

@@ -1,0 +1,63 @@
+"""The device of a run: which one, its name, and the threads of the CPU."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+
+import psutil
+import torch
+
+from edgepeft.errors import DeviceUnusable
+
+_PACKAGES = ("edgepeft", "torch", "transformers", "bitsandbytes", "accelerate", "safetensors", "tokenizers")
+
+
+def training_device(planned: str, offered: torch.device) -> torch.device:
+    """The torch device of a plan.
+
+    Args:
+        planned: `cpu`, or the UUID of the one card that this process may see.
+        offered: what accelerate chose.
+
+    Raises:
+        DeviceUnusable: a card was planned and torch sees none.
+    """
+    if planned == "cpu":
+        return torch.device("cpu")
+    if offered.type != "cuda":
+        raise DeviceUnusable(
+            f"the planned card {planned} cannot be used by torch {torch.__version__}",
+            hint="See what is wrong with `edgepeft doctor`, or plan for --gpu cpu",
+        )
+    return offered
+
+
+def device_name(device: torch.device) -> str:
+    """The card's name, or the processor's."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"
+
+
+def use_physical_cores() -> None:
+    """One thread for each physical core that this process may use: hyper-threads share the units that products need.
+
+    OMP_NUM_THREADS, where it is set, has been obeyed by torch already and stays.
+    """
+    if os.environ.get("OMP_NUM_THREADS"):
+        return
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(max(1, min(psutil.cpu_count(logical=False) or allowed, allowed)))
+
+
+def package_versions() -> dict[str, str]:
+    """What decides the numbers, package → version."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found

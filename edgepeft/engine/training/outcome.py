@@ -1,0 +1,115 @@
+"""What a run leaves behind: the adapter in PEFT's form, its card, and its version in the library."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgepeft.data.prepare import load_template
+from edgepeft.data.tokens import Tokenizer
+from edgepeft.engine.methods.peft_files import save_adapter
+from edgepeft.engine.training.device import package_versions
+from edgepeft.library.card import Card, TemplateRecord
+from edgepeft.library.store import list_adapters, next_version, publish, write_card
+from edgepeft.models.store import ModelEntry
+from edgepeft.runs.events import Finished
+from edgepeft.spec import DataRef
+
+if TYPE_CHECKING:
+    from edgepeft.engine.training.loop import Training
+
+
+def finish_run(training: Training, *, stopped: bool) -> Finished:
+    """Saves the adapter as it is now; a run that was not stopped also publishes it as the next version of its name.
+
+    Returns:
+        The event that ends the run.
+
+    Raises:
+        DiskProblem: no space, or no permission.
+    """
+    run, plan, position = training.run, training.plan, training.position
+    card = _make_card(training)
+    save_adapter(run.adapter, training.adapter, training.loaded.entry.name)
+    write_card(run.adapter, card)
+    published = ""
+    if not stopped and plan.adapter_name:
+        published = _published_before(run.id, plan.adapter_name) or publish(run.adapter, plan.adapter_name, card)
+    return Finished(
+        step=position.step,
+        adapter=run.adapter.relative_to(run.path).as_posix(),
+        stopped=stopped,
+        train_seconds=position.train_seconds,
+        tokens_per_second=_tokens_per_second(training),
+        predicted_peak_bytes=plan.memory.peak_bytes,
+        measured_peak_bytes=_peak_bytes(training),
+        train_loss=_train_loss(training),
+        eval_loss=position.last_eval_loss,
+        published=published,
+    )
+
+
+def _published_before(run: str, name: str) -> str | None:
+    """The version that an earlier process of this run published just before it died."""
+    for adapter in list_adapters():
+        if adapter.name == name and adapter.card is not None and adapter.card.run == run:
+            return adapter.reference
+    return None
+
+
+def _make_card(training: Training) -> Card:
+    plan, position, entry = training.plan, training.position, training.loaded.entry
+    recipe = plan.spec.recipe
+    trainable = sum(parameter.numel() for parameter in training.adapter.named_parameters().values())
+    metrics = {
+        "train_loss": _train_loss(training),
+        "eval_loss": position.last_eval_loss,
+        "best_eval_loss": position.best_eval_loss,
+        "train_seconds": position.train_seconds,
+        "tokens_per_second": _tokens_per_second(training),
+        "predicted_peak_bytes": float(plan.memory.peak_bytes),
+        "measured_peak_bytes": float(_peak_bytes(training)),
+    }
+    return Card(
+        name=plan.adapter_name,
+        version=next_version(plan.adapter_name) if plan.adapter_name else 0,
+        base=entry.name,
+        base_fingerprint=entry.fingerprint,
+        recipe=recipe,
+        layout=position.layout,
+        parameters=tuple(training.adapter.changed()),
+        trainable_parameters=trainable,
+        trainable_share=trainable / (entry.shape.parameters + trainable),
+        versions=package_versions(),
+        template=_template(recipe.data, entry),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        run=training.run.id,
+        steps=position.step,
+        metrics={name: value for name, value in metrics.items() if value is not None},
+        notes=plan.notes,
+    )
+
+
+def _template(data: DataRef, entry: ModelEntry) -> TemplateRecord | None:
+    folder = Path(entry.folder)
+    template = load_template(data, folder)
+    if template is None:
+        return None
+    stops = Tokenizer.load(folder).stop_token_ids(template)
+    return TemplateRecord(text=template.text, fingerprint=template.fingerprint, stop_token_ids=tuple(stops))
+
+
+def _train_loss(training: Training) -> float | None:
+    """The mean over the last steps; one step's loss says more about its samples than about the adapter."""
+    losses = training.position.recent_losses
+    return sum(losses) / len(losses) if losses else None
+
+
+def _tokens_per_second(training: Training) -> float:
+    position = training.position
+    return position.train_tokens / position.train_seconds if position.train_seconds else 0.0
+
+
+def _peak_bytes(training: Training) -> int:
+    return max(training.position.peak_bytes, training.gauge.peak_bytes)

@@ -1,0 +1,167 @@
+"""Forward and backward of one optimizer step, and the loss on held-out samples."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from edgepeft.engine.methods.dropout import dropout_context
+from edgepeft.engine.model.load import LoadedModel
+from edgepeft.engine.training.attention import packed, use_packed_attention
+from edgepeft.engine.training.batches import MicroBatch, Sample, build_micro_batch, plan_micro_batches
+from edgepeft.engine.training.checkpointing import set_checkpointing
+from edgepeft.engine.training.loss import check_head, head_of, summed_loss
+from edgepeft.engine.training.memory import MemoryGauge
+from edgepeft.engine.training.recovery import is_out_of_memory, release_memory, smaller_layout
+from edgepeft.errors import OutOfMemory
+from edgepeft.spec import Checkpointing, Layout, Recipe
+
+
+class MicroBatchTooLarge(Exception):  # noqa: N818 - it is caught within a step and never shown
+    """Memory ran out in a micro-batch."""
+
+    def __init__(self, tokens: int, samples: int, message: str) -> None:
+        super().__init__(message)
+        self.tokens = tokens
+        self.samples = samples
+
+
+class StepSums(NamedTuple):
+    """What a step, or an evaluation, added up."""
+
+    loss: float
+    """Sum over the trained tokens."""
+    trained_tokens: int
+    tokens: int
+    """Tokens that went through the model."""
+
+
+class StepRunner:
+    """Runs micro-batches of one loaded model.
+
+    Args:
+        loaded: the base, with the adapter active; it is switched to packed attention.
+        recipe: seed and dropout are read from it.
+        backward: what `loss.backward()` goes through; the place of a gradient scaler.
+        gauge: told about every micro-batch that it wants to watch.
+        before_micro_batch: called before each; it may raise to leave the step.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        recipe: Recipe,
+        *,
+        backward: Callable[[Tensor], None],
+        gauge: MemoryGauge,
+        before_micro_batch: Callable[[], None] = lambda: None,
+    ) -> None:
+        self._loaded = loaded
+        self._recipe = recipe
+        self._backward = backward
+        self._gauge = gauge
+        self._before_micro_batch = before_micro_batch
+        self._head = head_of(loaded.model, loaded.head_weight)
+        self._checkpointing: Checkpointing = "none"
+        use_packed_attention(loaded.model)
+
+    @torch.no_grad()
+    def check(self) -> None:
+        """Compares our logits with the model's own on a few tokens.
+
+        Raises:
+            BadInput: the head does something that `loss` does not know.
+        """
+        ids = torch.arange(3, 7, device=self._loaded.device).unsqueeze(0) % self._loaded.shape.vocab
+        model: Any = self._loaded.model
+        hidden = self._loaded.decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
+        check_head(model, hidden, self._head, model(input_ids=ids, use_cache=False).logits[0])
+
+    def train(self, samples: Sequence[Sample], layout: Layout, step: int, *, watch_all: bool = False) -> StepSums:
+        """Adds the gradient of the mean loss over all trained tokens of `samples` to the adapter's.
+
+        Args:
+            samples: of this optimizer step.
+            layout: how they are packed and computed; the result does not depend on it.
+            step: counted from 0; dropout depends on it.
+            watch_all: measure memory in every micro-batch.
+
+        Raises:
+            MicroBatchTooLarge: memory ran out; gradients are incomplete.
+        """
+        if layout.checkpointing != self._checkpointing:
+            set_checkpointing(self._loaded.layers, layout.checkpointing)
+            self._checkpointing = layout.checkpointing
+        trained = sum(len(sample.targets) for sample in samples)
+        total = torch.zeros((), dtype=torch.float32, device=self._loaded.device)
+        tokens = 0
+        for group in plan_micro_batches(samples, layout.micro_batch_tokens):
+            self._before_micro_batch()
+            batch = build_micro_batch(group, self._loaded.device)
+            count, longest = sum(batch.lengths), max(batch.lengths)
+            watched: AbstractContextManager[None] = nullcontext()
+            if watch_all or self._gauge.wants(count, longest):
+                watched = self._gauge.watch(count, longest)
+            try:
+                with watched, packed(batch.lengths), self._dropout(step, batch):
+                    loss = self._loss(batch, layout.loss_chunk_tokens)
+                    self._backward(loss / trained)
+                    total += loss.detach()
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                raise MicroBatchTooLarge(count, len(group), str(error).splitlines()[0]) from None
+            tokens += count
+        return StepSums(float(total), trained, tokens)
+
+    @torch.no_grad()
+    def evaluate(self, samples: Sequence[Sample], layout: Layout) -> StepSums:
+        """The summed loss on `samples`; runs in a smaller layout of its own when memory runs out.
+
+        Raises:
+            OutOfMemory: not even one sample fits.
+        """
+        left = list(samples)
+        loss, tokens = 0.0, 0
+        while left:
+            group = plan_micro_batches(left, layout.micro_batch_tokens)[0]
+            self._before_micro_batch()
+            batch = build_micro_batch(group, self._loaded.device)
+            count, longest = sum(batch.lengths), max(batch.lengths)
+            part: float | None = None
+            watched = self._gauge.watch() if self._gauge.wants_evaluation(count, longest) else nullcontext()
+            try:
+                with watched, packed(batch.lengths):
+                    part = float(self._loss(batch, layout.loss_chunk_tokens))
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+            if part is None:
+                del batch
+                release_memory()
+                smaller = smaller_layout(layout, count, len(group))
+                if smaller is None or smaller[0].checkpointing != layout.checkpointing:
+                    raise OutOfMemory(
+                        f"a held-out sample of {longest} tokens does not fit into memory",
+                        hint="Give a separate held-out file with shorter samples, or a smaller --max-seq-len",
+                    )
+                layout = smaller[0]
+                continue
+            loss += part
+            tokens += count
+            done = {sample.number for sample in group}
+            left = [sample for sample in left if sample.number not in done]
+        return StepSums(loss, sum(len(sample.targets) for sample in samples), tokens)
+
+    def _loss(self, batch: MicroBatch, chunk_tokens: int) -> Tensor:
+        hidden = self._loaded.decoder(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+        ).last_hidden_state
+        return summed_loss(hidden, batch.rows, batch.targets, self._head, chunk_tokens)
+
+    def _dropout(self, step: int, batch: MicroBatch) -> AbstractContextManager[None]:
+        return dropout_context(self._recipe.seed, step, batch.samples, batch.lengths)
