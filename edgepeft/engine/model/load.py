@@ -152,7 +152,8 @@ def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
         raise BadInput(
             f"{type(decoder).__name__} has no list of decoder layers", hint="Use a decoder-only language model"
         )
-    return list(max(lists, key=lambda children: len(children)))
+    longest = max(lists, key=len)
+    return list(longest)
 
 
 def _linears_of(model: PreTrainedModel, layers: list[nn.Module]) -> list[tuple[nn.Module, str, str]]:
