@@ -18,7 +18,7 @@ from typing import Any
 from edgepeft.memory.breakdown import Breakdown, Phase
 from edgepeft.methods.lora import LoraConfig
 from edgepeft.paths import write_atomic
-from edgepeft.plan.train_plan import Choice, TrainPlan
+from edgepeft.plan.train_plan import Choice, DataSummary, TrainPlan
 from edgepeft.runs.control import read_request
 from edgepeft.runs.events import CheckpointSaved, Evaluated, Failed, Finished, PhaseChanged, Started, StepDone
 from edgepeft.runs.events_file import EventWriter
@@ -28,10 +28,10 @@ from edgepeft.spec import BaseRef, DataRef, Layout, Recipe, RunSpec
 
 
 def toy_plan(steps: int = 6, fingerprint: str = "sha256:base") -> TrainPlan:
-    """A plan of `steps` steps; nothing that it names exists."""
+    """A plan of `steps` steps; its base does not exist, and its data is this file."""
     recipe = Recipe(
         base=BaseRef("toy", fingerprint, "LlamaForCausalLM"),
-        data=DataRef("/nowhere/data.jsonl", "sha256:data", "alpaca"),
+        data=DataRef(__file__, "sha256:data", "text"),
         method=LoraConfig(rank=4),
         precision="nf4",
         compute_dtype="bf16",
@@ -44,6 +44,17 @@ def toy_plan(steps: int = 6, fingerprint: str = "sha256:base") -> TrainPlan:
         choices=(Choice("rank", "4", "user", "typed"), Choice("precision", "nf4", "auto", "it fits")),
         memory=Breakdown((peak,)),
         steps=steps,
+        data=DataSummary(
+            samples=4 * steps,
+            train_samples=4 * steps,
+            eval_samples=0,
+            tokens=100 * steps,
+            trained_tokens=60 * steps,
+            length_p50=25,
+            length_p99=30,
+            length_max=32,
+            overlong=0,
+        ),
     )
 
 

@@ -19,7 +19,7 @@ from edgepeft.runs.events import (
     Warned,
 )
 from edgepeft.runs.state import RunState
-from edgepeft.units import GIB, format_bytes, format_gib, format_seconds
+from edgepeft.units import GIB, MIB, format_bytes, format_seconds
 
 STYLES = {
     "starting": "cyan",
@@ -80,11 +80,13 @@ def plain_line(event: Event, state: RunState, predicted_peak_bytes: int) -> str 
 
 
 def memory_text(state: RunState, predicted_peak_bytes: int) -> str:
-    """`0.92, peak 1.02 of 1.05 GiB predicted`: live now, highest so far, and what the plan said."""
+    """`memory 0.92, peak 1.02 of 1.05 GiB predicted`: live now, highest so far, and what the plan said."""
     if state.live_bytes is None or state.peak_bytes is None:
-        return f"memory n/a of {format_gib(predicted_peak_bytes)} predicted"
-    live, peak = state.live_bytes / GIB, state.peak_bytes / GIB
-    return f"memory {live:.2f}, peak {peak:.2f} of {predicted_peak_bytes / GIB:.2f} GiB predicted"
+        return f"memory n/a of {format_bytes(predicted_peak_bytes)} predicted"
+    # One unit for all three; a toy model would be 0.00 GiB throughout.
+    size, unit = (GIB, "GiB") if predicted_peak_bytes >= 100 * MIB else (MIB, "MiB")
+    live, peak, predicted = (count / size for count in (state.live_bytes, state.peak_bytes, predicted_peak_bytes))
+    return f"memory {live:.2f}, peak {peak:.2f} of {predicted:.2f} {unit} predicted"
 
 
 def plan_lines(plan: TrainPlan) -> list[str]:
@@ -100,9 +102,9 @@ def plan_lines(plan: TrainPlan) -> list[str]:
     lines += _wrapped("Choices  ", words)
     peak = plan.memory.peak
     budget = plan.spec.budget_bytes
-    against = f" of {format_gib(budget)}" if budget else ""
+    against = f" of {format_bytes(budget)}" if budget else ""
     where = "on the CPU" if plan.spec.device == "cpu" else "on the card"
-    lines.append(f"Memory   {format_gib(peak.total_bytes)}{against} predicted at the peak ({peak.name}), {where}")
+    lines.append(f"Memory   {format_bytes(peak.total_bytes)}{against} predicted at the peak ({peak.name}), {where}")
     if plan.seconds is not None:
         lines.append(f"Time     about {format_seconds(plan.seconds)}")
     lines += [f"Note     {text}" for text in plan.notes]
@@ -137,9 +139,10 @@ def summary_lines(ending: Finished, run_path: str, model: str) -> list[str]:
     if losses:
         lines.append("Loss     " + ", ".join(losses))
     lines.append(f"Memory   {peak_text(ending.measured_peak_bytes, ending.predicted_peak_bytes)}")
-    adapter = ending.published.partition("@")[0] or name
-    lines.append(f"Next     edgepeft chat {model} --adapter {adapter}")
-    lines.append(f"         edgepeft eval {model} --adapter {adapter} --data FILE")
+    # An adapter in the library knows its base by itself.
+    chosen = f"--adapter {ending.published.partition('@')[0]}" if ending.published else f"{model} --adapter {name}"
+    lines.append(f"Next     edgepeft chat {chosen}")
+    lines.append(f"         edgepeft eval {chosen} --data FILE")
     return lines
 
 

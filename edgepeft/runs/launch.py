@@ -7,11 +7,12 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from edgepeft.errors import BadInput, DiskProblem, error_for_code
+from edgepeft.errors import BadInput, DeviceUnusable, DiskProblem, error_for_code
 from edgepeft.library.store import check_same_base
 from edgepeft.paths import check_name, disk_errors, home, write_atomic
 from edgepeft.plan.train_plan import TrainPlan
@@ -35,10 +36,13 @@ def launch(plan: TrainPlan, name: str) -> RunFolder:
 
     Raises:
         UsageError: `name` cannot be used as a name.
-        BadInput: `name` is an adapter over another base, or the worker refused the plan at once.
+        BadInput: `name` is an adapter over another base, the plan names no data or data that is gone, or the worker
+            refused the plan at once.
+        DeviceUnusable: the plan is for a card that is not in this machine.
         DiskProblem: too little space for the adapter and its checkpoints, or no permission.
     """
     check_name(name)
+    check_runs_here(plan)
     check_same_base(name, plan.spec.recipe.base.fingerprint)
     check_free_disk(plan)
     run = create_run(plan, name)
@@ -110,6 +114,33 @@ def remove(run: RunFolder) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         run.path.rename(doomed)
         shutil.rmtree(doomed)
+
+
+def check_runs_here(plan: TrainPlan) -> None:
+    """Refuses a plan without data, or for a card of another machine.
+
+    Raises:
+        BadInput: the plan names no data, or a file that is gone.
+        DeviceUnusable: its card is not here.
+    """
+    data = plan.spec.recipe.data.path
+    if plan.data is None or not data:
+        raise BadInput(
+            "the plan was made without data", where="plan", hint="Make it again with: edgepeft plan MODEL DATA"
+        )
+    if not Path(data).is_file():
+        raise BadInput("there is no such file", where=data, hint="Make the plan again with the data where it is now")
+    device = plan.spec.device
+    if device == "cpu":
+        return
+    from edgepeft.hardware.nvml import read_gpus
+
+    if device not in [card.uuid for card in read_gpus()]:
+        raise DeviceUnusable(
+            f"the plan is for {device}, which is not in this machine",
+            where="--gpu",
+            hint="Take the plan to that machine, or plan for this one: leave --gpu out, or use --gpu cpu",
+        )
 
 
 def needed_disk_bytes(plan: TrainPlan) -> int:

@@ -182,7 +182,7 @@ def test_train_tells_the_plan_the_steps_and_the_outcome() -> None:
     code, out, err = finish(command("train", "--name", "told"))
     assert code == 0, err
     assert "Choices  rank 4 (user) · precision nf4" in err
-    assert "of 0.00 GiB predicted at the peak (train step)" in err
+    assert "Memory   1.00 MiB of 1.91 MiB predicted at the peak (train step), on the CPU" in err
     assert "Run      told-1" in err
     assert "Step 6/6: loss 0.3333" in err
     assert "Step 6: held-out loss 0.5000 on 8 samples, best so far" in err

@@ -8,9 +8,12 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from edgepeft.errors import BadInput, DiskProblem, ExitCode, UsageError
+from edgepeft.errors import BadInput, DeviceUnusable, DiskProblem, ExitCode, UsageError
+from edgepeft.library.card import Card
+from edgepeft.library.store import write_card
 from edgepeft.paths import home
 from edgepeft.runs import launch as launching
 from edgepeft.runs.control import clear_request, read_request, request, take_request
@@ -116,6 +119,46 @@ def test_too_little_space_is_refused_before_anything_is_made(monkeypatch: pytest
     monkeypatch.setattr(launching, "_SPARE_DISK_BYTES", 1 << 60)
     with pytest.raises(DiskProblem, match="are free, and the run needs up to"):
         launching.launch(toy_plan(), "big")
+    assert not home().runs.exists()
+
+
+def test_a_plan_that_cannot_run_here_is_refused() -> None:
+    plan = toy_plan()
+    replace = msgspec.structs.replace
+    with pytest.raises(BadInput, match="made without data"):
+        launching.launch(replace(plan, data=None), "nodata")
+    gone = replace(plan.spec.recipe.data, path=str(home().runs / "gone.jsonl"))
+    moved = replace(plan, spec=replace(plan.spec, recipe=replace(plan.spec.recipe, data=gone)))
+    with pytest.raises(BadInput, match="no such file"):
+        launching.launch(moved, "gone")
+    with pytest.raises(DeviceUnusable, match="rtx-4090-24gb, which is not in this machine"):
+        launching.launch(replace(plan, spec=replace(plan.spec, device="rtx-4090-24gb")), "card")
+    assert not home().runs.exists()
+
+
+def test_a_name_that_belongs_to_another_base_is_refused() -> None:
+    version = home().adapters / "taken" / "v1"
+    version.mkdir(parents=True)
+    recipe = toy_plan(fingerprint="sha256:another").spec.recipe
+    card = Card(
+        name="taken",
+        version=1,
+        base="other-model",
+        base_fingerprint="sha256:another",
+        recipe=recipe,
+        layout=toy_plan().spec.layout,
+        parameters=(),
+        trainable_parameters=1,
+        trainable_share=0.1,
+        versions={},
+        template=None,
+        created="2026-01-01T00:00:00+00:00",
+        run="taken-1",
+        steps=1,
+    )
+    write_card(version, card)
+    with pytest.raises(BadInput, match="trained on another base, other-model"):
+        launching.launch(toy_plan(), "taken")
     assert not home().runs.exists()
 
 
