@@ -35,6 +35,10 @@ class RecordError(Exception):
     """A record cannot be used; the message is a clause that says why."""
 
 
+class EmptyRecordError(RecordError):
+    """A record lacks what would be asked, or what would be learned."""
+
+
 def alpaca(fields: Mapping[str, Any]) -> list[Message]:
     """instruction, input and output (Taori et al. 2023) as a user turn and its answer, after `history` if any."""
     instruction, extra, output = (_text(fields, name) for name in ("instruction", "input", "output"))
@@ -46,9 +50,9 @@ def alpaca(fields: Mapping[str, Any]) -> list[Message]:
     for question, answer in history:
         messages += [{"role": "user", "content": str(question)}, {"role": "assistant", "content": str(answer)}]
     if not prompt.strip():
-        raise RecordError("'instruction' is empty")
+        raise EmptyRecordError("'instruction' is empty")
     if not output.strip():
-        raise RecordError("'output' is empty: there is nothing to learn")
+        raise EmptyRecordError("'output' is empty: there is nothing to learn")
     return [*messages, {"role": "user", "content": prompt}, {"role": "assistant", "content": output}]
 
 
@@ -60,9 +64,9 @@ def prompt_completion(fields: Mapping[str, Any], prompt: str, completion: str) -
         return before + after, len(before)
     question, answer = _text(fields, prompt), _text(fields, completion)
     if not question.strip():
-        raise RecordError(f"{prompt!r} is empty")
+        raise EmptyRecordError(f"{prompt!r} is empty")
     if not answer.strip():
-        raise RecordError(f"{completion!r} is empty: there is nothing to learn")
+        raise EmptyRecordError(f"{completion!r} is empty: there is nothing to learn")
     system = _system(fields)
     return [*system, {"role": "user", "content": question}, {"role": "assistant", "content": answer}], len(system) + 1
 
@@ -81,7 +85,7 @@ def messages_form(turns: Any) -> list[Message]:
     if not isinstance(turns, list):
         raise RecordError("the conversation is not a list of turns")
     if not turns:
-        raise RecordError("the conversation has no turns")
+        raise EmptyRecordError("the conversation has no turns")
     messages = _messages(turns)
     if not any(
         message["content"].strip() or message.get("tool_calls")
@@ -89,8 +93,8 @@ def messages_form(turns: Any) -> list[Message]:
         if message["role"] == "assistant"
     ):
         if any(message["role"] == "assistant" for message in messages):
-            raise RecordError("every assistant turn is empty: there is nothing to learn")
-        raise RecordError("has no assistant turn: there is nothing to learn")
+            raise EmptyRecordError("every assistant turn is empty: there is nothing to learn")
+        raise EmptyRecordError("has no assistant turn: there is nothing to learn")
     return messages
 
 

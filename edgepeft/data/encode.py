@@ -6,7 +6,8 @@ equal those of transformers' `apply_chat_template(tokenize=True)`, and no token 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import msgspec
@@ -64,7 +65,8 @@ def encode_record(
         RecordError: the template refuses the conversation; the message says why.
     """
     stops = frozenset(tokenizer.stop_token_ids(template))
-    return list(tokenize(render_record(record, template, train_on, system=system), tokenizer, stops))
+    rendered = render_record(record, template, train_on, system=system)
+    return [Sample(item.ids, item.mask, record.line) for item in tokenize(rendered, tokenizer, stops)]
 
 
 def encode_prompt(
@@ -127,23 +129,32 @@ def render_record(
     return samples
 
 
-def tokenize(rendered: Sequence[Rendered], tokenizer: Tokenizer, stops: frozenset[int]) -> Iterable[Sample]:
+class Tokenized(NamedTuple):
+    """A rendered sample with its tokens."""
+
+    rendered: Rendered
+    ids: list[int]
+    mask: list[bool]
+    offsets: list[tuple[int, int]]
+    """Characters [begin, end) of the text behind each token; empty for tokens that the tokenizer adds by itself."""
+
+
+def tokenize(rendered: Sequence[Rendered], tokenizer: Tokenizer, stops: frozenset[int]) -> Iterator[Tokenized]:
     """Ids and masks of rendered samples, in order.
 
     Args:
         stops: tokens that end an answer; blanks that a template writes after one are not trained.
     """
-    encodings = tokenizer.encode_batch([item.text for item in rendered]) if rendered else []
-    for item, encoding in zip(rendered, encodings, strict=True):
-        ids = list(encoding.ids)
-        if item.plain:
-            ids = tokenizer.encode(item.text, add_special_tokens=True)
-            if tokenizer.eos_id is not None and (not ids or ids[-1] != tokenizer.eos_id):
+    for plain, group in groupby(rendered, key=lambda item: item.plain):
+        items = list(group)
+        encodings = tokenizer.encode_batch([item.text for item in items], add_special_tokens=plain)
+        for item, encoding in zip(items, encodings, strict=True):
+            ids, offsets = list(encoding.ids), list(encoding.offsets)
+            if plain and tokenizer.eos_id is not None and (not ids or ids[-1] != tokenizer.eos_id):
                 ids.append(tokenizer.eos_id)
-        if item.spans is None:
-            yield Sample(ids, [True] * len(ids), item.line)
-        else:
-            yield Sample(ids, _mask(ids, encoding.offsets, item, stops), item.line)
+                offsets.append((len(item.text), len(item.text)))
+            mask = [True] * len(ids) if item.spans is None else _mask(ids, offsets, item, stops)
+            yield Tokenized(item, ids, mask, offsets)
 
 
 def _mask(ids: list[int], offsets: Sequence[tuple[int, int]], item: Rendered, stops: frozenset[int]) -> list[bool]:

@@ -230,7 +230,7 @@ def _build(
 
         def write_waiting() -> None:
             for sample in tokenize(waiting, tokenizer, stops):
-                writer.add(sample.ids, sample.mask, sample.line)
+                writer.add(sample.ids, sample.mask, sample.rendered.line)
                 totals["samples"] += 1
                 totals["with_loss"] += any(sample.mask)
                 totals["with_end"] += any(

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 import msgspec
 
 from edgepeft.data.conversation import (
+    EmptyRecordError,
     Message,
     RecordError,
     alpaca,
@@ -71,6 +72,8 @@ class BadRecord(msgspec.Struct, frozen=True):
     """What is wrong with it, as a clause."""
     fatal: bool = False
     """Whether nothing after it can be read: the file is truncated or broken."""
+    empty: bool = False
+    """Whether it lacks what would be asked, or what would be learned."""
 
 
 class Detection(msgspec.Struct, frozen=True):
@@ -125,7 +128,7 @@ class RecordReader:
         try:
             return _to_record(fields, self.format, row.line, row.size)
         except RecordError as refusal:
-            return BadRecord(row.line, str(refusal))
+            return BadRecord(row.line, str(refusal), empty=isinstance(refusal, EmptyRecordError))
 
 
 def read_records(
@@ -260,7 +263,7 @@ def _to_record(fields: Mapping[str, Any], format: Format, line: int, size: int) 
         if not isinstance(text, str):
             raise RecordError(f"'text' is {type(text).__name__}, not a text")
         if not text.strip():
-            raise RecordError("'text' is empty")
+            raise EmptyRecordError("'text' is empty")
         _check_encodable(text)
         return Record(line, text=text, size=size)
     context = 0
@@ -277,7 +280,7 @@ def _to_record(fields: Mapping[str, Any], format: Format, line: int, size: int) 
         messages, context = prompt_completion(fields, prompt, completion)
     last = max((at for at, message in enumerate(messages) if message["role"] == "assistant"), default=-1)
     if last < context:
-        raise RecordError("has no assistant turn: there is nothing to learn")
+        raise EmptyRecordError("has no assistant turn: there is nothing to learn")
     for message in messages:
         _check_encodable(message.get("content", ""))
     # What follows the last answer is never answered; it would only cost memory.

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from templates import FOLDER, KINDS, write_model_folder
 
 from edgepeft.data.conversation import Message
 from edgepeft.data.encode import Sample, encode_prompt, encode_record
@@ -15,6 +14,7 @@ from edgepeft.data.records import Record
 from edgepeft.data.template import ChatTemplate
 from edgepeft.data.tokens import Tokenizer
 from edgepeft.data.tool_text import fit_conversation
+from templates import FOLDER, KINDS, write_model_folder
 
 SINGLE = [
     {"role": "user", "content": "What is the capital of France?"},
