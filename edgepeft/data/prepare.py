@@ -339,13 +339,17 @@ def _notes(
     for line in counts.large:
         notes.append(f"the record at {counts.unit} {line} of {name} is longer than a million characters")
     notes += [f"{sentence} ({samples:,} samples of {name})" for sentence, samples in counts.adapted.items()]
-    if template is not None:
-        if template.name != "model":
-            notes.append(f"using the {template.name} template instead of the model's own")
-        if template.uses_date or template.day is not None:
-            notes.append(f"the chat template inserts today's date: it is frozen to {data.day or template.day}")
-        notes += untrained_tokens(tokenizer, template)
-    return notes
+    return notes + template_notes(data, tokenizer, template)
+
+
+def template_notes(data: DataRef, tokenizer: Tokenizer, template: ChatTemplate | None) -> list[str]:
+    """What the user should know about the chat template, as sentences without a full stop."""
+    if template is None:
+        return []
+    notes = [f"using the {template.name} template instead of the model's own"] if template.name != "model" else []
+    if template.day is not None:
+        notes.append(f"the chat template inserts today's date: it is frozen to {template.day.isoformat()}")
+    return notes + untrained_tokens(tokenizer, template)
 
 
 def _groups(contents: Indices, lines: Indices) -> Indices:

@@ -193,6 +193,15 @@ def detect_format(path: Path, format: str | None = None, columns: Mapping[str, s
     return Detection(chosen, rows.container, rows.unit, tuple(names), others)
 
 
+def unread_columns(detection: Detection, columns: Mapping[str, str]) -> tuple[str, ...]:
+    """Columns of a table that its format has no use for; JSON records may carry what they like."""
+    if detection.container not in ("csv", "parquet"):
+        return ()
+    aliases = {name for pair in _ALIASES for name in pair} if detection.format == "prompt-completion" else set()
+    read = {*FIELDS[detection.format], *columns.values(), *aliases} - set(columns)
+    return tuple(name for name in detection.columns if name not in read | set(columns.values()))
+
+
 _REQUIRED: dict[Format, tuple[str, ...]] = {
     "alpaca": ("instruction", "output"),
     "sharegpt": ("conversations",),
