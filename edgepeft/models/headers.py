@@ -6,6 +6,7 @@ The format: 8 bytes of little-endian header length, a JSON header, then the tens
 from __future__ import annotations
 
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import msgspec
 from edgepeft.errors import BadInput
 
 INDEX_NAME = "model.safetensors.index.json"
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.safetensors")
 _LARGEST_HEADER = 100_000_000
 _PICKLES = ("pytorch_model*.bin", "pytorch_model*.bin.index.json", "model*.pt", "*.pth", "*.ckpt", "consolidated*.pth")
 
@@ -86,23 +88,18 @@ def weight_files(folder: Path) -> list[Path]:
         names = sorted(set(_weight_map(index).values()))
         missing = [name for name in names if not (folder / name).is_file()]
         if missing:
-            shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
-            raise BadInput(
-                f"{len(missing)} of {len(names)} weight files are missing: {shown}",
-                where=str(folder),
-                hint="Bring the missing files into the folder; an interrupted download goes on where it stopped",
-            )
+            raise _missing_files(folder, missing, len(names))
         return [folder / name for name in names]
     single = folder / "model.safetensors"
     if single.is_file():
         return [single]
     found = sorted(
-        path
+        path.name
         for path in folder.glob("*.safetensors")
         if path.is_file() and not path.name.startswith(("adapter_", "consolidated"))
     )
     if found:
-        return _complete_shards(folder, found)
+        raise _unnamed_weights(folder, found)
     if any(any(folder.glob(pattern)) for pattern in _PICKLES):
         raise BadInput(
             "the weights are pickle files only, and reading those can run any code, so edgepeft never does",
@@ -143,23 +140,29 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _complete_shards(folder: Path, found: list[Path]) -> list[Path]:
-    """Checks the names `…-00002-of-00005.safetensors` when there is no index."""
-    names = {path.name for path in found}
-    for path in found:
-        stem, separator, total = path.stem.rpartition("-of-")
-        prefix, dash, number = stem.rpartition("-")
-        if not (separator and dash and total.isdigit() and number.isdigit()):
+def _unnamed_weights(folder: Path, found: list[str]) -> BadInput:
+    """Why these files are not read: shards without their list, or a name that says nothing."""
+    for name in found:
+        match = _SHARD.fullmatch(name)
+        if match is None:
             continue
-        wanted = [f"{prefix}-{part:0{len(number)}d}-of-{total}.safetensors" for part in range(1, int(total) + 1)]
-        missing = [name for name in wanted if name not in names]
-        if missing:
-            raise BadInput(
-                f"{len(missing)} of {len(wanted)} weight files are missing: {', '.join(missing[:4])}",
-                where=str(folder),
-                hint="Bring the missing files into the folder; an interrupted download goes on where it stopped",
-            )
-    return found
+        prefix, digits, total = match.group(1), len(match.group(2)), int(match.group(3))
+        wanted = [f"{prefix}-{part:0{digits}d}-of-{match.group(3)}.safetensors" for part in range(1, total + 1)]
+        return _missing_files(folder, [INDEX_NAME, *(file for file in wanted if file not in found)], total + 1)
+    return BadInput(
+        f"the weights are called {', '.join(found[:3])}, and model.safetensors is looked for",
+        where=str(folder),
+        hint="Rename the file that holds the model to model.safetensors",
+    )
+
+
+def _missing_files(folder: Path, missing: list[str], total: int) -> BadInput:
+    shown = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
+    return BadInput(
+        f"{len(missing)} of {total} weight files are missing: {shown}",
+        where=str(folder),
+        hint="Bring the missing files into the folder; an interrupted download goes on where it stopped",
+    )
 
 
 _ANEW = "Download or copy this file anew"
