@@ -63,7 +63,7 @@ def _screen_text(app: EdgepeftApp) -> str:
 def test_everything_that_exists_is_seen(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]) -> None:
     def check(app: EdgepeftApp, pilot: object) -> None:
         text = _screen_text(app)
-        for expected in ("RTX 4090", "5.0 /  24.0 GiB", "db-triage-2", "ads-long-1", "db-triage ", "smollm2-135m"):
+        for expected in ("RTX 4090", "5.0 / 24.0 GiB", "db-triage-2", "ads-long-1", "db-triage ", "smollm2-135m"):
             assert expected in text, text
 
     _drive(monkeypatch, check, size=size)
@@ -133,7 +133,7 @@ def test_a_full_memory_is_told_without_colour(monkeypatch: pytest.MonkeyPatch) -
     def check(app: EdgepeftApp, pilot: object) -> None:
         lines = str(app.screen.query_one(MemoryBars).render()).splitlines()
         assert "░" not in lines[0]
-        assert "24.0 /  24.0 GiB" in lines[0]
+        assert "24.0 / 24.0 GiB" in lines[0]
 
     _drive(monkeypatch, check, machine=Machine("x", (Bar("VRAM", 24 << 30, 24 << 30),)))
 

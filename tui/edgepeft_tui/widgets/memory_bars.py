@@ -10,7 +10,7 @@ from edgepeft_tui.readings import Bar
 from edgepeft_tui.text import visible
 
 _GIB = 1 << 30
-_NUMBERS = 20
+_NUMBERS = 18
 
 
 class MemoryBars(Widget):
@@ -35,7 +35,7 @@ class MemoryBars(Widget):
             lines.append(f"{bar.label:<5} ", style="bold")
             lines.append("█" * filled, style="red" if share > 0.92 else "green")
             lines.append("░" * (bar_width - filled), style="dim")
-            lines.append(f" {bar.used_bytes / _GIB:5.1f} / {bar.total_bytes / _GIB:5.1f} GiB".rjust(_NUMBERS))
+            lines.append(f"{bar.used_bytes / _GIB:.1f} / {bar.total_bytes / _GIB:.1f} GiB".rjust(_NUMBERS))
             if note_width:
                 lines.append("  " + visible(bar.note)[:note_width], style="dim")
         return lines
