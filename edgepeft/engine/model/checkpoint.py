@@ -96,6 +96,8 @@ def _four_bit(data: Tensor, state: Any, workspace: Workspace) -> Nf4Weight:
     def own(tensor: Tensor) -> Tensor:
         return tensor.to(workspace.device, copy=True)
 
+    if state.quant_type != "nf4":
+        raise BadInput(f"its 4-bit data is of type {state.quant_type}; only NF4 can be used", hint=_SIXTEEN_BIT)
     nested = None
     if state.nested:
         nested = (own(state.state2.absmax), own(state.state2.code), own(state.offset))
@@ -105,7 +107,6 @@ def _four_bit(data: Tensor, state: Any, workspace: Workspace) -> Nf4Weight:
         nested,
         (int(state.shape[0]), int(state.shape[1])),
         workspace,
-        kind=state.quant_type,
         block=state.blocksize,
         nested_block=state.state2.blocksize if state.nested else ABSMAX_BLOCK,
     )
@@ -129,7 +130,7 @@ def _prepare_quantization(config: Any, where: str) -> str | None:
         raise BadInput(
             f"its weights are quantized by {method}, which cannot be trained on here",
             where=where,
-            hint="Use the 16-bit version of the model; edgepeft quantizes it itself",
+            hint=_SIXTEEN_BIT,
         )
     return method
 
@@ -173,3 +174,4 @@ def _first_line(error: BaseException) -> str:
 
 
 _ANEW = "Take the model's files anew from where they came from"
+_SIXTEEN_BIT = "Use the 16-bit version of the model; edgepeft quantizes it itself"

@@ -134,7 +134,6 @@ class Nf4Weight:
         packed: uint8 [⌈n/2⌉], two codes a byte, high half first, over the row-major entries.
         absmax: uint8 [⌈n/64⌉] with double quantization, else float32 of that shape.
         nested: second-level absmax, float32 [⌈⌈n/64⌉/256⌉], the map of its 256 codes and the subtracted mean; or None.
-        kind: "nf4", or "fp4" in files made elsewhere.
     """
 
     def __init__(
@@ -145,7 +144,6 @@ class Nf4Weight:
         shape: tuple[int, int],
         workspace: Workspace,
         *,
-        kind: str = "nf4",
         block: int = NF4_BLOCK,
         nested_block: int = ABSMAX_BLOCK,
     ) -> None:
@@ -154,7 +152,6 @@ class Nf4Weight:
         self.nested = nested
         self.shape = shape
         self.device = packed.device
-        self.kind = kind
         self.block = block
         self.nested_block = nested_block
         self._workspace = workspace
@@ -205,7 +202,7 @@ class Nf4Weight:
             self._dequantize_on_cpu(absmax, out.view(-1))
         else:
             torch.ops.bitsandbytes.dequantize_4bit.out(
-                self.packed, absmax, self.block, self.kind, out.shape, out.dtype, out=out
+                self.packed, absmax, self.block, "nf4", out.shape, out.dtype, out=out
             )
         return out
 
@@ -240,14 +237,14 @@ class Nf4Weight:
                 self.packed[start // 2 : end // 2],
                 absmax[start // block : end // block],
                 block,
-                self.kind,
+                "nf4",
                 ((end - start) // block, block),
                 flat.dtype,
             )
             flat[start:end].view(-1, block).copy_(values)
         if whole < count:
             rest = self.packed[whole // 2 :]
-            values = dequantize(rest, absmax[whole // block :], block, self.kind, (1, 2 * rest.numel()), flat.dtype)
+            values = dequantize(rest, absmax[whole // block :], block, "nf4", (1, 2 * rest.numel()), flat.dtype)
             flat[whole:].copy_(values.view(-1)[: count - whole])
 
 
