@@ -216,8 +216,8 @@ def _print_survey(found: Survey, warnings: list[str], file: Path, model: str, ma
     unit = found.detection.unit
     line(f"{file.name}: {found.detection.format}, {found.detection.container}", "bold")
     line()
-    bad = f", {len(found.bad):,} bad ({found.empty:,} of them empty)" if found.bad else ", none bad"
-    _fact("records", f"{found.usable:,} usable{bad}")
+    empty = f" ({found.empty:,} of them empty)" if found.empty else ""
+    _fact("records", f"{found.usable:,} usable, {len(found.bad) or 'none'} bad{empty}")
     _fact("duplicates", _repeats(found.duplicates, found.duplicate_pairs, unit, "equals"))
     _fact("conflicts", _repeats(found.conflicts, found.conflict_pairs, unit, "answers otherwise than"))
     lengths = found.lengths
@@ -260,10 +260,11 @@ def _item(label: str, text: str) -> None:
     import textwrap
 
     width = max(40, min(out.width, 100) if out.is_terminal else 10_000)
+    head = f"  {label} " if label == "-" else f"  {label}  "
     for part in textwrap.wrap(
-        f"  {label}  {text}",
+        head + text,
         width,
-        subsequent_indent=" " * (len(label) + 4),
+        subsequent_indent=" " * len(head),
         break_long_words=False,
         break_on_hyphens=False,
     ):

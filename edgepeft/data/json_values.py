@@ -111,8 +111,12 @@ class JsonValues:
         first = text.peek()
         if first == "[":
             text.skip_to(text.at + 1)
-            yield from self._array()
-            yield from self._nothing_after()
+            fatal = False
+            for value in self._array():
+                fatal = value.fatal
+                yield value
+            if not fatal and text.peek():
+                yield Value(text.line, None, "something follows after the end of the list", 0, True)
         elif first == "{" and self._enter_wrapper():
             yield from self._array()
         else:
@@ -149,11 +153,6 @@ class JsonValues:
             elif following != "{":
                 yield Value(text.line, None, f"found {following!r} where the next record should begin", 0, True)
                 return
-
-    def _nothing_after(self) -> Iterator[Value]:
-        text = self._text
-        if text.peek():
-            yield Value(text.line, None, "something follows after the end of the list", 0, True)
 
     def _ends_early(self, line: int, why: str) -> Value:
         return Value(line, None, self._text.broken or why, 0, True)

@@ -179,7 +179,9 @@ def detect_format(path: Path, format: str | None = None, columns: Mapping[str, s
             raise BadInput(
                 f"no usable record: {first_bad.why}",
                 where=f"{path}:{first_bad.line}",
-                hint="Every record should be an object with named fields",
+                hint="Convert the file to UTF-8"
+                if first_bad.why.startswith("not UTF-8")
+                else "Every record should be an object with named fields",
             )
         if usable == 0:
             raise BadInput("no records in this file", where=str(path), hint="It should hold one record or more")
@@ -189,7 +191,7 @@ def detect_format(path: Path, format: str | None = None, columns: Mapping[str, s
             hint="Say which column is which, such as --map prompt=COLUMN --map completion=COLUMN, or --map text=COLUMN",
         )
     chosen: Format = given if given is not None else max(FORMATS, key=lambda known: seen[known])
-    others = {name: count for name, count in seen.items() if name != chosen and given is None}
+    others = {name: count for name, count in seen.items() if name != chosen}
     return Detection(chosen, rows.container, rows.unit, tuple(names), others)
 
 

@@ -130,7 +130,7 @@ class RowReader:
                 elif not fields:
                     continue
                 elif len(fields) != len(self.columns):
-                    yield Row(line, {}, f"has {len(fields)} fields where the header has {len(self.columns)}", size)
+                    yield Row(line, {}, f"has {_fields(len(fields))} where the header has {len(self.columns)}", size)
                 else:
                     yield Row(line, dict(zip(self.columns, fields, strict=True)), "", size)
 
@@ -261,6 +261,10 @@ class _readable:  # noqa: N801 - a context manager reads as a verb
             ) from error
 
 
+def _fields(count: int) -> str:
+    return "1 field" if count == 1 else f"{count} fields"
+
+
 def _row(line: int, value: Any, why: str, size: int, fatal: bool) -> Row:
     if why:
         return Row(line, {}, why, size, fatal)
@@ -285,12 +289,11 @@ def _encoding(head: bytes, path: Path) -> str:
     for mark, encoding in _MARKS:
         if head.startswith(mark):
             return encoding
-    if b"\0" in head[:4] and not head.startswith(b"PAR1"):
-        raise BadInput(
-            "this looks like UTF-16 or UTF-32 without a mark at its beginning",
-            where=str(path),
-            hint="Convert it to UTF-8",
-        )
+    if b"\0" in head and not head.startswith(b"PAR1"):
+        wide = head[1:200:2].count(0) > 50 or head[0:200:2].count(0) > 50
+        what = "this looks like UTF-16 without a mark at its beginning" if wide else "this is not a text file"
+        hint = "Convert it to UTF-8" if wide else "Give json, jsonl, csv, tsv or parquet"
+        raise BadInput(what, where=str(path), hint=hint)
     return "utf-8"
 
 

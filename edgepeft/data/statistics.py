@@ -132,10 +132,14 @@ def draw_histogram(bins: Sequence[Bin], width: int) -> list[str]:
     labels = [f"{item.low:,}–{item.high:,}" for item in bins]
     counts = [f"{item.samples:,}" for item in bins]
     left, right = max(map(len, labels)), max(map(len, counts))
-    room = max(8, width - left - right - 3)
+    room = max(8, width - left - right - 2)
     most = max(item.samples for item in bins)
-    lines = []
-    for item, label, count in zip(bins, labels, counts, strict=True):
+    lines: list[str] = []
+    for at, (item, label, count) in enumerate(zip(bins, labels, counts, strict=True)):
+        # One very long sample among short ones would otherwise draw a screen of nothing.
+        if not item.samples and at and not bins[at - 1].samples:
+            lines[-1] = f"{'⋮':>{left}}"
+            continue
         eighths = round(item.samples * room * 8 / most)
         if item.samples and not eighths:
             eighths = 1
