@@ -57,15 +57,25 @@ def layer_activations(
     saved = saved_norms + saved_attention + saved_mlp + kept
     # In the MLP's backward the gradients of the product and of both branches meet, beside the residual's.
     mlp_backward = 2 * c * inner + c * hidden
-    attention_backward = c * (3 * query + 2 * key + hidden) - saved_mlp - norm - c * hidden
-    scores = 0
-    if on_cpu:
-        rows = min(ATTENTION_ROWS, longest_sample)
-        scores = 3 * c * shape.heads * rows * longest_sample + 2 * FLOAT32 * key * longest_sample
-    # In a forward without gradients: the residual beside the branches, or beside a norm's float32 copies.
-    forward = max(c * hidden + 3 * c * inner, c * hidden + 2 * c * (query + key), (2 * c + 2 * FLOAT32) * hidden)
+    # In the attention's backward the MLP's part and the second norm's are gone; four gradients meet.
+    attention_backward = c * (query + 2 * key + hidden) - saved_mlp - norm - c * hidden
+    scores = _score_bytes(c * shape.heads, longest_sample) + 2 * FLOAT32 * key * longest_sample if on_cpu else 0
+    # In a forward without gradients: the layer's residual and the norm's output beside three branches of the MLP, or
+    # beside queries, keys, values and their rotated copies, or beside a norm's float32 copies.
+    branches = max(3 * c * inner, c * (3 * query + 3 * key), 2 * FLOAT32 * hidden)
+    forward = 2 * c * hidden + branches
     return LayerActivations(
         saved=round(tokens * saved),
         backward=round(max(tokens * mlp_backward, tokens * attention_backward + scores)),
         forward=round(tokens * forward),
     )
+
+
+def _score_bytes(row_bytes: int, longest_sample: int) -> int:
+    """Scores of a block of query rows in the CPU's attention backward: probabilities and two gradients.
+
+    Those of one block live until the next block, which sees more keys, has made its scores and probabilities.
+    """
+    rows = min(ATTENTION_ROWS, longest_sample)
+    blocks = max(3 * longest_sample, 3 * (longest_sample - rows) + 2 * longest_sample)
+    return row_bytes * rows * blocks

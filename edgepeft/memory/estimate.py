@@ -36,7 +36,14 @@ QUANTIZE_BYTES_PER_ENTRY = 14
 """Transient bytes of an entry while it is quantized to 4 bit; the CPU does it a chunk at a time."""
 
 
-def estimate_training(spec: RunSpec, shape: ModelShape, *, longest_sample: int, device_kind: DeviceKind) -> Breakdown:
+def estimate_training(
+    spec: RunSpec,
+    shape: ModelShape,
+    *,
+    longest_sample: int,
+    device_kind: DeviceKind,
+    step_tokens: int | None = None,
+) -> Breakdown:
     """Predicts the memory of every phase of a training run.
 
     Args:
@@ -44,6 +51,7 @@ def estimate_training(spec: RunSpec, shape: ModelShape, *, longest_sample: int, 
         shape: its base.
         longest_sample: tokens of the longest sample after truncation; a single one may exceed the micro-batch's cap.
         device_kind: on `cpu` the ledger is live tensor bytes, on `cuda` what the card has to hold.
+        step_tokens: tokens of the largest optimizer step, when known; no micro-batch holds more.
 
     Raises:
         UsageError: the method's targets or rank do not suit the model.
@@ -51,7 +59,8 @@ def estimate_training(spec: RunSpec, shape: ModelShape, *, longest_sample: int, 
     recipe, layout = spec.recipe, spec.layout
     method = method_of(recipe.method)
     compute_bytes = ELEMENT_BYTES[recipe.compute_dtype]
-    tokens = max(layout.micro_batch_tokens, longest_sample)
+    cap = layout.micro_batch_tokens if step_tokens is None else min(layout.micro_batch_tokens, step_tokens)
+    tokens = max(cap, longest_sample)
     layer = layer_activations(
         shape,
         recipe.method,
@@ -62,27 +71,40 @@ def estimate_training(spec: RunSpec, shape: ModelShape, *, longest_sample: int, 
     )
     base = base_bytes(shape, recipe.precision, recipe.compute_dtype)
     adapter_bytes = FLOAT32 * method.count_parameters(recipe.method, shape)
+    workspace = workspace_bytes(shape, recipe.precision, recipe.compute_dtype)
     resident = _sum(
         base,
-        {"adapter weights": adapter_bytes, "gradients": adapter_bytes, "optimizer state": 2 * adapter_bytes},
         {
-            "workspace": workspace_bytes(shape, recipe.precision, recipe.compute_dtype)
-            + method.workspace_bytes(recipe.method, shape, compute_bytes)
+            "adapter weights": adapter_bytes,
+            "optimizer state": 2 * adapter_bytes,
+            "workspace": workspace + method.workspace_bytes(recipe.method, shape, compute_bytes),
         },
     )
     residual = compute_bytes * shape.hidden * tokens
+    # Ids, positions, trained rows and targets are int64; sine and cosine serve all layers.
+    shared = tokens * (4 * 8 + 2 * compute_bytes * shape.head_dim)
     if layout.checkpointing == "layer":
-        saved, recomputed = shape.layers * residual, layer.saved + layer.backward
+        saved_of_layer, recomputed = residual, layer.saved + layer.backward
     else:
-        saved, recomputed = shape.layers * layer.saved, max(0, layer.backward)
+        saved_of_layer, recomputed = layer.saved, max(0, layer.backward)
+    saved, gradients = shape.layers * saved_of_layer, adapter_bytes
+    if step_tokens is not None and step_tokens <= layout.micro_batch_tokens:
+        # With one micro-batch a step, gradients come into being layer by layer while saved activations go: the peak is
+        # at one end or the other.
+        one_layer = adapter_bytes // shape.layers
+        saved, gradients = max((saved, one_layer), (saved_of_layer, adapter_bytes), key=sum)
     train_loss, held_out_loss = (
         loss_bytes(shape, recipe.compute_dtype, device_kind, tokens, layout.loss_chunk_tokens, with_gradient=gradient)
         for gradient in (True, False)
     )
     phases: dict[PhaseName, Ledger] = {
         "load": _sum(base, {"workspace": load_bytes(shape, recipe.precision, recipe.compute_dtype, device_kind)}),
-        "train step": _sum(resident, {"saved activations": saved + 2 * residual}, _larger(recomputed, train_loss)),
-        "evaluation": _sum(resident, {"saved activations": residual}, _larger(layer.forward, held_out_loss)),
+        "train step": _sum(
+            resident,
+            {"gradients": gradients, "saved activations": shared + saved + 2 * residual},
+            _larger(recomputed, train_loss),
+        ),
+        "evaluation": _sum(resident, {"saved activations": shared + residual}, _larger(layer.forward, held_out_loss)),
         "save": _sum(resident, {"adapter weights": adapter_bytes}),
     }
     return Breakdown(

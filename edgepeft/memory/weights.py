@@ -38,7 +38,7 @@ def matrix_bytes(weights: int, rows: int, precision: Precision) -> tuple[int, in
 def base_bytes(shape: ModelShape, precision: Precision, compute_dtype: ComputeDtype) -> dict[Category, int]:
     """Bytes of the whole base by category.
 
-    Only the linear layers are held in `precision`; embedding, head, norms, biases and fused experts in the compute dtype.
+    Only the linear layers are held in `precision`; embedding, head, norms, biases and experts in the compute dtype.
     """
     dense = ELEMENT_BYTES[compute_dtype]
     weights = constants = 0

@@ -47,8 +47,10 @@ def build(model: str, data: Path | None, overrides: dict[str, Any], *, progress:
     given: dict[str, Given] = {}
     gpu, origin, where = _setting("gpu", typed)
     device = find_device(gpu)
-    why = where or ("the freest card of this machine" if device.kind == "cuda" else "no usable NVIDIA card here")
-    given["gpu"] = Given(device.name, origin, why)
+    if not where:
+        where = "the freest card here" if device.kind == "cuda" else "no NVIDIA card here"
+    shown = device.name if device.present and device.kind == "cuda" else device.id
+    given["gpu"] = Given(shown, origin, f"{where}: {device.name}" if shown != device.name else where)
     budget_bytes, given["budget"] = _budget(typed, device)
     intent, origin, where = _setting("intent", typed)
     preset = find_preset(intent or DEFAULT_INTENT)

@@ -45,9 +45,9 @@ def cpu_device(host: HostSnapshot) -> PlanDevice:
     """The processor with its RAM."""
     fast_bf16 = bool(host.flags.avx512_bf16 or host.flags.amx_bf16)
     why = (
-        f"this CPU multiplies bfloat16 by {'AMX' if host.flags.amx_bf16 else 'AVX512-BF16'}"
+        f"this CPU has {'AMX' if host.flags.amx_bf16 else 'AVX512'} instructions for bfloat16"
         if fast_bf16
-        else "this CPU has no bfloat16 instructions, and would be slower with them emulated"
+        else "this CPU would have to emulate bfloat16"
     )
     return PlanDevice(
         id="cpu",
@@ -55,7 +55,7 @@ def cpu_device(host: HostSnapshot) -> PlanDevice:
         kind="cpu",
         total_bytes=host.ram_usable_bytes,
         budget_bytes=round(host.ram_available_bytes * CPU_SHARE),
-        budget_why=f"{CPU_SHARE:.0%} of the {format_gib(host.ram_available_bytes, digits=1)} of RAM available now",
+        budget_why=f"{CPU_SHARE:.0%} of the {format_gib(host.ram_available_bytes, digits=1)} of RAM free now",
         compute_dtype="bf16" if fast_bf16 else "fp32",
         compute_why=why,
     )
@@ -156,8 +156,4 @@ def _cpu() -> PlanDevice:
 
 
 def _card_dtype_why(bf16: bool) -> str:
-    return (
-        "the card multiplies bfloat16"
-        if bf16
-        else "cards before Ampere have no bfloat16; a gradient scaler guards fp16"
-    )
+    return "the card has bfloat16 tensor cores" if bf16 else "cards before Ampere have no bfloat16"

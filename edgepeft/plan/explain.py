@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from edgepeft.memory.breakdown import Breakdown, Category, Phase
 from edgepeft.plan.train_plan import Choice, DataSummary, TrainPlan
-from edgepeft.units import GIB, format_count, format_gib, format_seconds, format_share
+from edgepeft.units import GIB, MIB, format_bytes, format_count, format_gib, format_seconds, format_share
 
 Tone = Literal["", "bold", "dim"]
 Line = tuple[str, Tone]
@@ -25,7 +25,8 @@ _INDENT = "  "
 def explain(plan: TrainPlan, width: int) -> list[Line]:
     """The whole plan, for a terminal of `width` columns."""
     device = next((choice.value for choice in plan.choices if choice.what == "gpu"), plan.spec.device)
-    lines: list[Line] = [(f"Plan for {plan.spec.recipe.base.model} on {device}", "bold"), ("", "")]
+    on = "the CPU" if device == "cpu" else device
+    lines: list[Line] = [(f"Plan for {plan.spec.recipe.base.model} on {on}", "bold"), ("", "")]
     lines += choice_table(plan.choices, width)
     if plan.data is not None:
         lines += [("", ""), ("Data", "bold"), *data_lines(plan, plan.data, width)]
@@ -34,7 +35,7 @@ def explain(plan: TrainPlan, width: int) -> list[Line]:
         lines += [("", ""), ("Runner-ups", "bold")]
         widest = max(len(other.what) for other in plan.alternatives)
         for other in plan.alternatives:
-            text = f"{_INDENT}{other.what:<{widest}}  {format_gib(other.peak_bytes):>10}  {other.why}"
+            text = f"{_INDENT}{other.what:<{widest}}  {format_bytes(other.peak_bytes):>10}  {other.why}"
             lines.append((text, "" if other.fits else "dim"))
     if plan.notes:
         lines += [("", ""), ("Notes", "bold")]
@@ -46,7 +47,7 @@ def explain(plan: TrainPlan, width: int) -> list[Line]:
 def choice_table(choices: tuple[Choice, ...], width: int) -> list[Line]:
     """Columns what, value, from, why; long reasons go on below themselves."""
     what = max(len(choice.what) for choice in choices)
-    value = min(max(len(choice.value) for choice in choices), 24)
+    value = min(max(len(choice.value) for choice in choices), 14 if width < 100 else 28)
     origin = max(len(choice.origin) for choice in choices)
     start = f"{_INDENT}{{:<{what}}}  {{:<{value}}}  {{:<{origin}}}  "
     lines: list[Line] = [((start + "{}").format("what", "value", "from", "why"), "dim")]
@@ -68,12 +69,12 @@ def choice_table(choices: tuple[Choice, ...], width: int) -> list[Line]:
 def data_lines(plan: TrainPlan, data: DataSummary, width: int) -> list[Line]:
     """Samples, tokens and steps in two or three lines."""
     share = format_share(data.trained_tokens / data.tokens) if data.tokens else "n/a"
+    time = f", about {format_seconds(plan.seconds)}" if plan.seconds is not None else ""
     sentences = (
-        f"{data.train_samples:,} samples to train on, {data.eval_samples:,} held out; {format_count(data.tokens)} tokens, "
-        f"{share} of them carry loss. Lengths: median {data.length_p50:,}, 99 % within {data.length_p99:,}, "
-        f"longest {data.length_max:,}.",
-        f"{plan.steps:,} steps of {plan.spec.recipe.samples_per_step} samples"
-        + (f", about {format_seconds(plan.seconds)}." if plan.seconds is not None else "."),
+        f"{data.train_samples:,} samples to train on, {data.eval_samples:,} held out.",
+        f"{format_count(data.tokens)} tokens, {share} of them carry loss. Lengths: median {data.length_p50:,}, "
+        f"99 % within {data.length_p99:,}, longest {data.length_max:,}.",
+        f"{plan.steps:,} steps of {plan.spec.recipe.samples_per_step} samples{time}.",
     )
     return [(text, "") for sentence in sentences for text in _wrapped(sentence, width, _INDENT, _INDENT)]
 
@@ -81,27 +82,27 @@ def data_lines(plan: TrainPlan, data: DataSummary, width: int) -> list[Line]:
 def memory_lines(memory: Breakdown, budget_bytes: int | None, width: int) -> list[Line]:
     """Categories by phase in GiB, a bar for each phase, and the peak."""
     phases = memory.phases
-    digits = 2 if memory.peak_bytes >= 10 * GIB else 3
+    unit, unit_name, digits = (GIB, "GiB", 2) if memory.peak_bytes >= GIB else (MIB, "MiB", 1)
     known = [name for name in get_args(Category) if any(phase.bytes_by_category.get(name) for phase in phases)]
     widest = max(len(name) for name in known)
-    lines: list[Line] = [(f"{_INDENT}{'GiB':<{widest}}" + "".join(f"{phase.name:>12}" for phase in phases), "dim")]
+    lines: list[Line] = [(f"{_INDENT}{unit_name:<{widest}}" + "".join(f"{phase.name:>12}" for phase in phases), "dim")]
     for name in known:
         cells = (phase.bytes_by_category.get(name, 0) for phase in phases)
-        row = "".join(f"{size / GIB:>12.{digits}f}" if size else f"{'–':>12}" for size in cells)
+        row = "".join(f"{size / unit:>12.{digits}f}" if size else f"{'–':>12}" for size in cells)
         lines.append((f"{_INDENT}{name:<{widest}}{row}", ""))
-    totals = "".join(f"{phase.total_bytes / GIB:>12.{digits}f}" for phase in phases)
+    totals = "".join(f"{phase.total_bytes / unit:>12.{digits}f}" for phase in phases)
     lines += [(f"{_INDENT}{'total':<{widest}}{totals}", "bold"), ("", "")]
     scale = max(budget_bytes or 0, memory.peak_bytes)
     columns = max(16, min(60, width - 26))
     for phase in phases:
         lines.append(
-            (f"{_INDENT}{phase.name:<10}  {phase_bar(phase, scale, columns)}  {format_gib(phase.total_bytes)}", "")
+            (f"{_INDENT}{phase.name:<10}  {phase_bar(phase, scale, columns)}  {format_bytes(phase.total_bytes)}", "")
         )
     shown = [(shade, name) for shade, name, held in _SHADES if any(held_by in known for held_by in held)]
     lines.append((f"{_INDENT}{'':<10}  " + "   ".join(f"{shade} {name}" for shade, name in shown), "dim"))
-    peak = f"{_INDENT}Peak {format_gib(memory.peak_bytes)} in the phase {memory.peak.name}"
+    peak = f"{_INDENT}Peak {format_bytes(memory.peak_bytes)} in the phase {memory.peak.name}"
     if memory.uncertainty:
-        peak += f", to {memory.uncertainty:.0%}"
+        peak += f", give or take {memory.uncertainty:.0%}"
     if budget_bytes:
         peak += (
             f"; {format_share(memory.peak_bytes / budget_bytes, digits=0)} of the budget of {format_gib(budget_bytes)}"

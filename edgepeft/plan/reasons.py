@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 _TYPED = "as typed"
 _PRECISION_WORDS = {
-    "fp32": "in 32 bit, the dtype of the products",
-    "bf16": "unquantized, in 16 bit",
-    "fp16": "unquantized, in 16 bit",
-    "int8": "8-bit, nearly as exact as 16",
-    "nf4": "4-bit NormalFloat, double quantization",
+    "fp32": "32 bit, as the products",
+    "bf16": "unquantized",
+    "fp16": "unquantized",
+    "int8": "8 bit, nearly exact",
+    "nf4": "4 bit, double quantization",
 }
 
 
@@ -57,14 +57,14 @@ def describe(search: Search, chosen: Candidate, spec: RunSpec, data: DataSummary
     config = recipe.method
     parameters = method_of(config).count_parameters(config, search.shape)
     share = format_share(parameters / search.shape.parameters, digits=2)
-    trains = f"trains {format_count(parameters)} parameters, {share} of the base"
+    trains = f"{format_count(parameters)} parameters, {share} of the base"
     add(
         "rank",
         str(config.rank),
         f"{_rank_why(search, chosen)}; {trains}",
         "preset" if config.rank == search.ranks[0] else "auto",
     )
-    add("alpha", f"{config.alpha:g}", "twice the rank: the update is scaled by 2 whatever the rank")
+    add("alpha", f"{config.alpha:g}", "twice the rank")
     add("targets", ", ".join(config.targets), preset.targets.description, "preset")
     add("dropout", f"{config.dropout:g}", preset.dropout.description, "preset")
     add("micro-batch-tokens", f"{spec.layout.micro_batch_tokens:,}", _micro_batch_why(search, chosen))
@@ -83,10 +83,10 @@ def describe(search: Search, chosen: Candidate, spec: RunSpec, data: DataSummary
         add(
             "eval-every",
             str(every),
-            f"steps; {preset.evaluations.description}" if every else "at the end only",
+            preset.evaluations.description if every else "at the end only",
             "preset",
         )
-    add("seed", str(recipe.seed), "order, dropout and start follow from it")
+    add("seed", str(recipe.seed), "of order, dropout and start")
     return tuple(found)
 
 
@@ -130,11 +130,11 @@ def _precision_why(search: Search, chosen: Candidate) -> str:
     words = _PRECISION_WORDS[chosen.precision]
     place = search.precisions.index(chosen.precision)
     if place == 0:
-        reason = "the only form this base has" if len(search.precisions) == 1 else "the most exact base fits"
-        return f"{words}: {reason}"
+        reason = "the only form of this base" if len(search.precisions) == 1 else "the most exact base fits"
+        return f"{words}; {reason}"
     better = search.precisions[place - 1]
     peak = search.cost(search.leanest(chosen.max_seq_len, better, search.ranks[-1])).peak_bytes
-    return f"{words}: {better} needs {format_gib(peak)} at the least"
+    return f"{words}; {better} needs {format_gib(peak)} or more"
 
 
 def _length_why(search: Search, chosen: Candidate, data: DataSummary | None) -> str:
@@ -155,55 +155,53 @@ def _length_why(search: Search, chosen: Candidate, data: DataSummary | None) -> 
 def _overlong_why(data: DataSummary | None) -> str:
     if data is not None and data.overlong == 0:
         return "no sample is longer"
-    return "longer samples lose their end; drop leaves them out instead"
+    return "longer samples lose their end"
 
 
 def _rank_why(search: Search, chosen: Candidate) -> str:
     if chosen.rank == search.ranks[0]:
-        return search.request.preset.ranks.description.rstrip(".")
+        return search.request.preset.ranks.description
     better = search.ranks[search.ranks.index(chosen.rank) - 1]
     peak = search.cost(search.leanest(chosen.max_seq_len, chosen.precision, better)).peak_bytes
-    return f"rank {better} needs {format_gib(peak)} at the least"
+    return f"rank {better} needs {format_gib(peak)} or more"
 
 
 def _micro_batch_why(search: Search, chosen: Candidate) -> str:
     longest = search.longest_sample(chosen.max_seq_len)
     if chosen.micro_batch_tokens == longest:
-        return "the longest sample: more would not fit, or bring nothing"
+        return "the longest sample; more does not fit or helps little"
     lengths = search.request.lengths
     if lengths is not None and chosen.micro_batch_tokens >= lengths.step_tokens(
         search.samples_per_step, chosen.max_seq_len
     ):
-        return "a whole optimizer step fits at once"
-    return "packed without padding; enough to keep the device busy"
+        return "a whole optimizer step at once"
+    return "packed without padding, to keep the device busy"
 
 
 def _checkpointing_why(search: Search, chosen: Candidate) -> str:
     if chosen.checkpointing == "none":
-        return "activations fit; nothing is computed twice"
-    return "keeps each layer's input and computes the rest again: less memory, about a third slower"
+        return "activations fit, nothing is computed twice"
+    return "less memory, about a third slower"
 
 
 def _chunk_why(search: Search) -> str:
-    return f"logits over {search.shape.vocab:,} tokens exist for this many rows at a time"
+    return f"rows of {search.shape.vocab:,} logits at a time"
 
 
 def _samples_why(search: Search, recipe: Recipe) -> tuple[str, Origin]:
     preset = search.request.preset.samples_per_step
     if recipe.samples_per_step < preset.value:
-        return "fewer than usual: small data needs the steps more", "auto"
+        return "fewer than usual: small data needs steps", "auto"
     return preset.description, "preset"
 
 
 def _epochs_why(search: Search, recipe: Recipe) -> tuple[str, Origin]:
     preset = search.request.preset
     if recipe.epochs > preset.epochs.value:
-        return f"small data: more passes, towards {preset.min_steps.value} steps", "auto"
+        return f"small data: towards {preset.min_steps.value} steps", "auto"
     return preset.epochs.description, "preset"
 
 
 def _rate_why(search: Search) -> str:
     base = search.request.preset.learning_rate.value
-    return (
-        f"{base:g} at a width of 4,096; this model is {search.shape.hidden:,} wide, and narrow ones take larger steps"
-    )
+    return f"{base:g} at width 4,096; this model is {search.shape.hidden:,} wide"

@@ -208,11 +208,13 @@ class Search:
 
     def cost(self, candidate: Candidate) -> Breakdown:
         """What a candidate needs."""
+        lengths = self.request.lengths
         return estimate_training(
             self.spec(candidate),
             self.shape,
             longest_sample=self.longest_sample(candidate.max_seq_len),
             device_kind=self.request.device.kind,
+            step_tokens=None if lengths is None else lengths.step_tokens(self.samples_per_step, candidate.max_seq_len),
         )
 
     def fits(self, candidate: Candidate) -> bool:
