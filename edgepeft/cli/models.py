@@ -65,6 +65,7 @@ def scan(
 ) -> None:
     """Find models of Hugging Face's cache, LM Studio and Ollama, and in the folders named."""
     from edgepeft.models.discovery import scan as find
+    from edgepeft.paths import as_name
     from edgepeft.units import format_bytes
 
     found = find([folder.expanduser() for folder in folders or ()])
@@ -90,7 +91,8 @@ def scan(
         line()
         line("Add one with:")
         for model in fresh[:12]:
-            line(f"  edgepeft models add {_quoted(model.path)}")
+            named = f" --name {as_name(model.name)}" if model.origin == "ollama" else ""
+            line(f"  edgepeft models add {_quoted(model.path)}{named}")
 
 
 @app.command("add")

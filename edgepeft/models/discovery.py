@@ -12,7 +12,7 @@ import msgspec
 
 from edgepeft.errors import BadInput
 from edgepeft.models.gguf_header import check_convertible
-from edgepeft.models.references import is_gguf, newest_snapshot
+from edgepeft.models.references import huggingface_cache, is_gguf, newest_snapshot
 from edgepeft.models.source_folder import inspect_folder
 from edgepeft.models.store import list_models
 from edgepeft.paths import home
@@ -51,22 +51,12 @@ def scan(folders: Sequence[Path] = ()) -> list[FoundModel]:
     """
     added = {entry.source: entry.name for entry in list_models()}
     found: dict[str, FoundModel] = {}
-    own = str(home().models)
+    own = home().models
     for model in _found(folders):
-        if model.path.startswith(own):
+        if Path(model.path).is_relative_to(own):
             continue
         found.setdefault(model.path, msgspec.structs.replace(model, in_store=added.get(model.path)))
     return list(found.values())
-
-
-def huggingface_cache() -> Path:
-    """The folder of downloaded repositories: HF_HUB_CACHE, else under HF_HOME, else in the user's cache."""
-    if named := os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE"):
-        return Path(named).expanduser()
-    if named := os.environ.get("HF_HOME"):
-        return Path(named).expanduser() / "hub"
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return (Path(cache) if cache else Path.home() / ".cache") / "huggingface" / "hub"
 
 
 def lmstudio_folders() -> list[Path]:

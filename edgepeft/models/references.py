@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from edgepeft.errors import BadInput
+from edgepeft.paths import as_name
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _SPLIT_GGUF = re.compile(r"-\d{5}-of-(\d{5})\.gguf$")
@@ -46,6 +47,34 @@ def newest_snapshot(repository: Path) -> Path | None:
             return named
     snapshots = [path for path in (repository / "snapshots").glob("*") if path.is_dir()]
     return max(snapshots, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def huggingface_cache() -> Path:
+    """The folder of downloaded repositories: HF_HUB_CACHE, else under HF_HOME, else in the user's cache."""
+    if named := os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE"):
+        return Path(named).expanduser()
+    if named := os.environ.get("HF_HOME"):
+        return Path(named).expanduser() / "hub"
+    cache = os.environ.get("XDG_CACHE_HOME")
+    return (Path(cache) if cache else Path.home() / ".cache") / "huggingface" / "hub"
+
+
+def cached_repository(reference: str) -> Path | None:
+    """The folder of `ORG/NAME` in Hugging Face's cache, when a snapshot of it is there."""
+    if not _HUB_NAME.fullmatch(reference):
+        return None
+    repository = huggingface_cache() / ("models--" + reference.replace("/", "--"))
+    return repository if newest_snapshot(repository) is not None else None
+
+
+def default_name(source: Path) -> str:
+    """The store name that a model folder or file gets when nobody chooses one."""
+    if source.is_file():
+        return as_name(source.stem)
+    repository = source.parent.parent
+    if source.parent.name == "snapshots" and repository.name.startswith("models--"):
+        return as_name(repository.name.split("--")[-1])
+    return as_name(source.name)
 
 
 def is_gguf(path: Path) -> bool:

@@ -22,7 +22,15 @@ from edgepeft.models.embedded import EMBEDDED, EMBEDDED_LICENCE, embedded_gguf
 from edgepeft.models.fingerprint import fingerprint_files
 from edgepeft.models.gguf_header import check_convertible
 from edgepeft.models.quantized import StoredAs
-from edgepeft.models.references import gguf_in, is_gguf, looks_like_path, model_folder, not_on_disk
+from edgepeft.models.references import (
+    cached_repository,
+    default_name,
+    gguf_in,
+    is_gguf,
+    looks_like_path,
+    model_folder,
+    not_on_disk,
+)
 from edgepeft.models.shape import ModelShape
 from edgepeft.models.source_folder import (
     FolderContents,
@@ -88,6 +96,8 @@ def find_model(reference: str) -> ModelEntry:
         if entry is not None:
             return entry
     path = Path(reference).expanduser()
+    if not path.exists():
+        path = cached_repository(reference) or path
     if path.exists():
         source = str(model_folder(path))
         for entry in list_models():
@@ -110,7 +120,7 @@ def ensure_model(reference: str, progress: Progress | None = None) -> ModelEntry
     """The model that `reference` means, added or converted on the way where that is needed.
 
     Args:
-        reference: a name in the store, `smollm2-135m`, a model folder or a GGUF file.
+        reference: a name in the store, `smollm2-135m`, a model folder, a GGUF file, or ORG/NAME in the hub's cache.
         progress: called with the phase and the share of it that is done.
 
     Raises:
@@ -122,9 +132,6 @@ def ensure_model(reference: str, progress: Progress | None = None) -> ModelEntry
         if entry is not None:
             verify_unchanged(entry)
             return entry
-    path = Path(reference).expanduser()
-    if reference != EMBEDDED and not path.exists():
-        raise not_on_disk(reference, [entry.name for entry in list_models()])
     return add_model(reference, progress=progress)
 
 
@@ -148,6 +155,8 @@ def add_model(
         return _add_gguf(embedded_gguf(), name or EMBEDDED, "embedded", progress, fixed_name=True)
     source = Path(path).expanduser()
     if not source.exists():
+        source = cached_repository(str(path)) or source
+    if not source.exists():
         raise not_on_disk(str(path), [entry.name for entry in list_models()])
     source = model_folder(source)
     file = source if source.is_file() else gguf_in(source)
@@ -158,7 +167,7 @@ def add_model(
                 where=str(file),
                 hint="Give the folder that holds config.json, or a .gguf file",
             )
-        return _add_gguf(file, name or as_name(file.stem), "gguf", progress, fixed_name=name is not None)
+        return _add_gguf(file, name or default_name(file), "gguf", progress, fixed_name=name is not None)
     return _add_folder(source, name, copy, progress)
 
 
@@ -219,7 +228,7 @@ def verify_unchanged(entry: ModelEntry) -> None:
 def _add_folder(source: Path, name: str | None, copy: bool, progress: Progress | None) -> ModelEntry:
     contents = inspect_folder(source)
     fingerprint = fingerprint_files(contents.files, progress)
-    chosen = _free_name(name or as_name(source.name), fingerprint, fixed=name is not None)
+    chosen = _free_name(name or default_name(source), fingerprint, fixed=name is not None)
     with _locked(chosen):
         existing = _read_entry(home().models / chosen)
         kind: Kind = "copy" if copy or (existing is not None and existing.kind == "copy") else "folder"

@@ -129,7 +129,7 @@ def test_remove_says_what_it_deletes_and_leaves(tiny_model: Path) -> None:
         remove_model("tiny-model")
 
 
-def test_a_hub_cache_with_linked_files_works(tmp_path: Path, tiny_model: Path) -> None:
+def test_a_hub_cache_with_linked_files_works(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     repository = tmp_path / "hub" / "models--org--tiny"
     snapshot = repository / "snapshots" / "0123abc"
     blobs = repository / "blobs"
@@ -140,7 +140,10 @@ def test_a_hub_cache_with_linked_files_works(tmp_path: Path, tiny_model: Path) -
     for number, path in enumerate(sorted(tiny_model.iterdir())):
         shutil.move(path, blobs / str(number))
         (snapshot / path.name).symlink_to(os.path.relpath(blobs / str(number), snapshot))
-    entry = add_model(repository, name="tiny")
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "hub"))
+    entry = add_model(repository)
+    assert entry.name == "tiny"
+    assert ensure_model("org/tiny") == add_model(snapshot) == find_model("org/tiny") == entry
     assert entry.weights == str(snapshot)
     assert not any(path.is_symlink() for path in Path(entry.folder).iterdir())
     verify_unchanged(entry)
