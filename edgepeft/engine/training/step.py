@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
+import msgspec
 import torch
 from torch import Tensor
 
@@ -126,6 +127,8 @@ class StepRunner:
             OutOfMemory: not even one sample fits.
         """
         left = list(samples)
+        # Without a backward nothing is kept, so this rung of the ladder would not help.
+        layout = msgspec.structs.replace(layout, checkpointing="layer")
         loss, tokens = 0.0, 0
         while left:
             group = plan_micro_batches(left, layout.micro_batch_tokens)[0]
@@ -144,7 +147,7 @@ class StepRunner:
                 del batch
                 release_memory()
                 smaller = smaller_layout(layout, count, len(group))
-                if smaller is None or smaller[0].checkpointing != layout.checkpointing:
+                if smaller is None:
                     raise OutOfMemory(
                         f"a held-out sample of {longest} tokens does not fit into memory",
                         hint="Give a separate held-out file with shorter samples, or a smaller --max-seq-len",

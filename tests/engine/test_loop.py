@@ -1,0 +1,425 @@
+"""The loop learns what a plain reference loop learns, whatever its layout and however often it is interrupted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from edgepeft.data.prepare import prepare
+from edgepeft.data.schedule import step_samples
+from edgepeft.engine.methods import attach, set_active
+from edgepeft.engine.model.load import load_model
+from edgepeft.engine.training import loop
+from edgepeft.engine.training import step as step_module
+from edgepeft.engine.training.batches import read_samples
+from edgepeft.engine.training.loss import summed_loss
+from edgepeft.engine.training.memory import LiveBytes, MemoryGauge
+from edgepeft.engine.training.optimizer import FiniteWatch, learning_rate_at
+from edgepeft.engine.training.recovery import is_out_of_memory, smaller_layout
+from edgepeft.engine.training.step import StepRunner
+from edgepeft.errors import BadInput, EdgepeftError, OutOfMemory
+from edgepeft.library.store import resolve_adapter
+from edgepeft.methods import LoraConfig
+from edgepeft.models.store import ModelEntry
+from edgepeft.runs.control import request
+from edgepeft.runs.events import (
+    CheckpointSaved,
+    Evaluated,
+    Finished,
+    MemoryMeasured,
+    OutOfMemoryHit,
+    Recovered,
+    Started,
+    StepDone,
+    Warned,
+)
+from edgepeft.runs.layout import RunFolder
+from edgepeft.spec import Layout, Optimizer, Schedule
+from training_runs import of_type, tiny_base, tiny_plan, tiny_run, train
+
+LAYOUT = Layout(micro_batch_tokens=160, loss_chunk_tokens=16)
+
+
+@pytest.fixture(autouse=True)
+def one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> ModelEntry:
+    return tiny_base(tmp_path)
+
+
+def weights(run: RunFolder) -> dict[str, torch.Tensor]:
+    return load_file(run.adapter / "adapter_model.safetensors")
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+
+
+class Setup:
+    """A loaded tiny model with an adapter that does something, and the samples of a step."""
+
+    def __init__(self, folder: Path, entry: ModelEntry, **changes: Any) -> None:
+        self.recipe = tiny_plan(folder, entry, **changes).spec.recipe
+        self.loaded = load_model(entry, precision="fp32", compute_dtype="fp32", device=torch.device("cpu"))
+        self.adapter = attach(self.loaded, "a", self.recipe.method, 0)
+        set_active(self.loaded, [("a", 1.0)])
+        torch.manual_seed(0)
+        with torch.no_grad():
+            for parameter in self.adapter.named_parameters().values():
+                parameter.copy_(torch.randn(parameter.shape) * 0.1)
+        self.samples = read_samples(prepare(self.recipe.data, Path(entry.folder)).train, range(11))
+        self.gauge = MemoryGauge(torch.device("cpu"))
+        self.runner = StepRunner(self.loaded, self.recipe, backward=lambda loss: loss.backward(), gauge=self.gauge)
+
+    def gradients(self, layout: Layout, samples: Any = None) -> tuple[float, dict[str, torch.Tensor]]:
+        parameters = self.adapter.named_parameters()
+        for parameter in parameters.values():
+            parameter.grad = None
+        sums = self.runner.train(self.samples if samples is None else samples, layout, 0)
+        return sums.loss, {
+            name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None
+        }
+
+    def plain(self) -> tuple[float, dict[str, torch.Tensor]]:
+        """Sample by sample through transformers' own forward, all logits, no packing."""
+        parameters = self.adapter.named_parameters()
+        for parameter in parameters.values():
+            parameter.grad = None
+        model: Any = self.loaded.model
+        model.set_attn_implementation("eager")
+        trained = sum(len(sample.targets) for sample in self.samples)
+        total = 0.0
+        for sample in self.samples:
+            logits = model(torch.tensor(sample.ids, dtype=torch.int64).unsqueeze(0), use_cache=False).logits[0]
+            loss = F.cross_entropy(
+                logits[torch.from_numpy(sample.rows)].float(), torch.from_numpy(sample.targets), reduction="sum"
+            )
+            (loss / trained).backward()
+            total += loss.item()
+        model.set_attn_implementation("edgepeft_packed")
+        return total, {
+            name: parameter.grad.clone() for name, parameter in parameters.items() if parameter.grad is not None
+        }
+
+
+def assert_close(found: tuple[float, Any], expected: tuple[float, Any]) -> None:
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    assert found[1].keys() == expected[1].keys()
+    assert expected[1]
+    for name, value in expected[1].items():
+        torch.testing.assert_close(found[1][name], value, rtol=1e-3, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "layer"])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_the_layout_changes_nothing(tmp_path: Path, base: ModelEntry, checkpointing: Any, dropout: float) -> None:
+    setup = Setup(tmp_path, base, method=LoraConfig(rank=4, dropout=dropout))
+    assert len({len(sample.ids) for sample in setup.samples}) > 4
+    whole = setup.gradients(Layout(micro_batch_tokens=10**6, checkpointing="none"))
+    if not dropout:
+        assert_close(whole, setup.plain())
+    # 11 samples of unequal length: the last micro-batches are ragged.
+    for cap in (1, 60, 97, 200):
+        layout = Layout(micro_batch_tokens=cap, checkpointing=checkpointing, loss_chunk_tokens=1 + cap % 7)
+        assert_close(setup.gradients(layout), whole)
+
+
+def test_samples_do_not_see_each_other(tmp_path: Path, base: ModelEntry) -> None:
+    setup = Setup(tmp_path, base)
+    layout = Layout(micro_batch_tokens=10**6)
+    alone = [setup.gradients(layout, [sample])[0] for sample in setup.samples]
+    assert setup.gradients(layout)[0] == pytest.approx(sum(alone), rel=1e-5)
+
+
+def test_evaluation_is_the_same_loss(tmp_path: Path, base: ModelEntry, monkeypatch: pytest.MonkeyPatch) -> None:
+    setup = Setup(tmp_path, base)
+    expected, _ = setup.plain()
+    assert setup.runner.evaluate(setup.samples, LAYOUT).loss == pytest.approx(expected, rel=1e-5)
+    # A packed row is split; a sample that is alone already has its loss taken in smaller chunks.
+    for call, layout in ((1, LAYOUT), (0, Layout(micro_batch_tokens=1, loss_chunk_tokens=64))):
+        fail_at(monkeypatch, {call})
+        assert setup.runner.evaluate(setup.samples, layout).loss == pytest.approx(expected, rel=1e-5)
+    fail_at(monkeypatch, set(range(1000)))
+    with pytest.raises(OutOfMemory, match="held-out sample"):
+        setup.runner.evaluate(setup.samples, LAYOUT)
+
+
+def reference_run(entry: ModelEntry, plan: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """LoRA by PEFT, logits by transformers, one sample at a time, plain AdamW and clipping."""
+    from peft import LoraConfig as PeftLora
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    recipe = plan.spec.recipe
+    model = AutoModelForCausalLM.from_pretrained(entry.source, dtype=torch.float32)
+    wrapped = get_peft_model(
+        model, PeftLora(r=recipe.method.rank, lora_alpha=recipe.method.alpha, target_modules="all-linear")
+    )
+    parameters = {
+        name.replace(".default", ""): value for name, value in wrapped.named_parameters() if value.requires_grad
+    }
+    ours = attach(load_model(entry, precision="fp32", compute_dtype="fp32", device=torch.device("cpu")), "a",
+                  recipe.method, recipe.seed)  # fmt: skip
+    with torch.no_grad():
+        for name, value in ours.named_parameters().items():
+            parameters[f"base_model.model.{name}"].copy_(value)
+    settings = recipe.optimizer
+    optimizer = torch.optim.AdamW(parameters.values(), lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    table = prepare(recipe.data, Path(entry.folder)).train
+    losses = []
+    for step in range(plan.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, plan.steps, settings, recipe.schedule)
+        summed, count = torch.zeros(()), 0
+        for index in step_samples(len(table), recipe.samples_per_step, step, recipe.seed):
+            ids, mask = (torch.from_numpy(values.copy()) for values in table.sample(index))
+            labels = torch.where(mask, ids.long(), -100)
+            logits = wrapped(ids.long().unsqueeze(0)).logits[0]
+            summed = summed + F.cross_entropy(logits[:-1], labels[1:], ignore_index=-100, reduction="sum")
+            count += int((labels[1:] != -100).sum())
+        loss = summed / count
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters.values(), settings.max_grad_norm)
+        optimizer.step()
+        losses.append(loss.item())
+    return losses, {name: value.detach() for name, value in parameters.items()}
+
+
+def test_six_steps_equal_a_plain_reference_loop(tmp_path: Path, base: ModelEntry) -> None:
+    run = tiny_run(tmp_path, base)
+    losses = [done.loss for done in of_type(train(run), StepDone)]
+    expected, parameters = reference_run(base, run.read_plan())
+    assert losses == pytest.approx(expected, rel=2e-4)
+    assert losses[-1] < 0.8 * losses[0]
+    for name, value in weights(run).items():
+        torch.testing.assert_close(value, parameters[name], rtol=2e-2, atol=2e-4, msg=name)
+
+
+def test_what_a_run_leaves_behind(tmp_path: Path, base: ModelEntry) -> None:
+    run = tiny_run(tmp_path, base, eval_every_steps=3)
+    events = train(run)
+    (finished,) = of_type(events, Finished)
+    assert finished.published == "tiny@v1"
+    assert not finished.stopped
+    assert finished.measured_peak_bytes > base.weights_bytes
+    assert finished.tokens_per_second > 0
+    assert [found.step for found in of_type(events, Evaluated)] == [3, 6]
+    assert of_type(events, Evaluated)[-1].best
+    assert {found.phase for found in of_type(events, MemoryMeasured)} == {"load", "train step"}
+    assert all(found.rss_bytes for found in of_type(events, MemoryMeasured))
+    adapter = resolve_adapter("tiny@v1")
+    assert adapter.card is not None
+    assert adapter.card.base_fingerprint == base.fingerprint
+    assert adapter.card.trainable_parameters == sum(math.prod(item.shape) for item in adapter.card.parameters)
+    assert adapter.card.template is not None
+    assert adapter.card.template.stop_token_ids
+    assert adapter.card.metrics["eval_loss"] == finished.eval_loss
+    assert {item.name for item in adapter.card.parameters} == weights(run).keys()
+    second = train(tiny_run(tmp_path, base))
+    assert of_type(second, Finished)[0].published == "tiny@v2"
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_stop_and_resume_is_bit_identical(tmp_path: Path, base: ModelEntry, dropout: float) -> None:
+    options = {"method": LoraConfig(rank=4, dropout=dropout), "checkpoint_steps": 2}
+    whole = tiny_run(tmp_path, base, "whole", **options)
+    train(whole)
+    parts = tiny_run(tmp_path, base, "parts", **options)
+    for stop_at in (1, 4):
+        events = train_until(parts, stop_at)
+        (finished,) = of_type(events, Finished)
+        assert (finished.stopped, finished.step, finished.published) == (True, stop_at, "")
+        assert (parts.adapter / "card.json").is_file()
+    events = train(parts)
+    assert of_type(events, Started)[0].step == 4
+    assert of_type(events, Finished)[0].published == "parts@v1"
+    assert_same(weights(parts), weights(whole))
+
+
+def train_until(run: RunFolder, step: int) -> list[Any]:
+    """Asks to stop once `step` is done."""
+    from edgepeft.engine.training.stopping import StopRequests
+
+    events: list[Any] = []
+
+    def emit(event: Any) -> None:
+        events.append(event)
+        if isinstance(event, StepDone) and event.step == step:
+            request(run, "stop")
+
+    loop.run_training(run, emit, StopRequests(run))
+    return events
+
+
+def test_a_checkpoint_can_be_asked_for(tmp_path: Path, base: ModelEntry) -> None:
+    run = tiny_run(tmp_path, base)
+    request(run, "checkpoint")
+    events = train(run)
+    assert [saved.step for saved in of_type(events, CheckpointSaved)] == [1, 6]
+    assert all((run.path / saved.path / "state.json").is_file() for saved in of_type(events, CheckpointSaved))
+
+
+def fail_at(monkeypatch: pytest.MonkeyPatch, calls: set[int], error: Callable[[], Exception] | None = None) -> None:
+    """Lets the loss of these micro-batches, counted from 0, run out of memory."""
+    real, count = summed_loss, -1
+
+    def failing(*arguments: Any) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        if count in calls:
+            raise (error or allocator_error)()
+        return real(*arguments)
+
+    monkeypatch.setattr(step_module, "summed_loss", failing)
+
+
+def allocator_error() -> Exception:
+    return RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory")
+
+
+@pytest.mark.parametrize("error", [allocator_error, lambda: torch.OutOfMemoryError("CUDA out of memory.")])
+def test_out_of_memory_redoes_the_same_step(
+    tmp_path: Path, base: ModelEntry, monkeypatch: pytest.MonkeyPatch, error: Callable[[], Exception]
+) -> None:
+    calm = train(tiny_run(tmp_path, base, "calm"))
+    # Step 1 has several micro-batches: the gradient of the first must not survive the failure of the second.
+    fail_at(monkeypatch, {1}, error)
+    run = tiny_run(tmp_path, base, "hit")
+    events = train(run)
+    (hit,) = of_type(events, OutOfMemoryHit)
+    (recovered,) = of_type(events, Recovered)
+    assert (hit.step, hit.micro_batch_tokens) == (1, 160)
+    assert recovered.micro_batch_tokens <= 80
+    assert [found.loss for found in of_type(events, StepDone)] == pytest.approx(
+        [found.loss for found in of_type(calm, StepDone)], rel=1e-4
+    )
+    assert [found.learning_rate for found in of_type(events, StepDone)] == [
+        found.learning_rate for found in of_type(calm, StepDone)
+    ]
+    assert of_type(events, CheckpointSaved)[0].step == 0
+    card = resolve_adapter("hit@v1").card
+    assert card is not None
+    assert card.layout.micro_batch_tokens == recovered.micro_batch_tokens
+
+
+def test_out_of_memory_without_a_smaller_layout_says_what_would_help(
+    tmp_path: Path, base: ModelEntry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_at(monkeypatch, set(range(1000)))
+    with pytest.raises(OutOfMemory, match="--max-seq-len"):
+        train(tiny_run(tmp_path, base, checkpointing="none"))
+
+
+def test_the_ladder_of_layouts() -> None:
+    layout = Layout(micro_batch_tokens=4096, checkpointing="none", loss_chunk_tokens=256)
+    found = smaller_layout(layout, 1000, 3)
+    assert found is not None
+    assert found[0].micro_batch_tokens == 500
+    seen = []
+    step = smaller_layout(layout, 900, 1)
+    while step is not None:
+        seen.append((step[0].checkpointing, step[0].loss_chunk_tokens))
+        step = smaller_layout(step[0], 900, 1)
+    assert seen == [("layer", 256), ("layer", 64), ("layer", 16)]
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))
+    assert not is_out_of_memory(ValueError("DefaultCPUAllocator"))
+
+
+def test_a_bad_loss_is_skipped_and_told(tmp_path: Path, base: ModelEntry, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, count = step_module.summed_loss, 0
+
+    def sometimes_nan(*arguments: Any) -> torch.Tensor:
+        nonlocal count
+        count += 1
+        return real(*arguments) * (math.nan if count == 1 else 1.0)
+
+    monkeypatch.setattr(step_module, "summed_loss", sometimes_nan)
+    run = tiny_run(tmp_path, base, max_steps=2)
+    events = train(run)
+    assert [found.step for found in of_type(events, Warned)] == [1]
+    first, second = of_type(events, StepDone)
+    assert math.isnan(first.loss)
+    assert math.isfinite(second.loss)
+    assert all(torch.isfinite(value).all() for value in weights(run).values())
+
+
+def test_five_bad_steps_end_the_run_with_a_diagnosis(
+    tmp_path: Path, base: ModelEntry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = step_module.summed_loss
+    monkeypatch.setattr(step_module, "summed_loss", lambda *arguments: real(*arguments) * math.inf)
+    with pytest.raises(EdgepeftError, match="learning rate"):
+        train(tiny_run(tmp_path, base))
+    watch = FiniteWatch()
+    assert [watch.accepts(loss, 1.0) for loss in (math.nan, math.nan, 1.0, math.inf)] == [False, False, True, False]
+    assert watch.in_a_row == 1
+
+
+def test_another_base_is_refused(tmp_path: Path, base: ModelEntry) -> None:
+    run = tiny_run(tmp_path, base)
+    plan = run.plan_file.read_text()
+    run.plan_file.write_text(plan.replace(base.fingerprint, "sha256:" + "0" * 64))
+    with pytest.raises(BadInput, match="not the one that was planned with"):
+        train(run)
+
+
+def test_a_changed_recipe_is_refused_on_resume(tmp_path: Path, base: ModelEntry) -> None:
+    run = tiny_run(tmp_path, base)
+    train_until(run, 2)
+    run.plan_file.write_text(run.plan_file.read_text().replace('"seed": 3', '"seed": 4'))
+    with pytest.raises(BadInput, match="differs in seed"):
+        train(run)
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "constant"])
+def test_the_schedule_warms_up_and_decays(name: Any) -> None:
+    settings, schedule = Optimizer(learning_rate=2.0), Schedule(name=name, warmup_fraction=0.1, final_fraction=0.1)
+    rates = [learning_rate_at(step, 100, settings, schedule) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
+    assert rates[10] == pytest.approx(2.0)
+    later = rates[10:]
+    assert all(a >= b for a, b in pairwise(later))
+    assert rates[-1] == pytest.approx(2.0 if name == "constant" else 0.2, abs=0.03)
+    assert learning_rate_at(0, 1, settings, schedule) == pytest.approx(2.0)
+
+
+def test_live_bytes_count_what_lives() -> None:
+    before = torch.zeros(1000)
+    with LiveBytes(torch.device("cpu")) as counter:
+        start = counter.live_bytes
+        assert start >= before.nbytes
+        kept = before + 1
+        view = kept[10:]
+        (kept * 2).sum()
+        assert counter.live_bytes == start + kept.nbytes
+        del kept
+        assert counter.live_bytes == start + 4000
+        del view
+    assert counter.live_bytes == start
+    assert 8000 <= counter.peak_bytes - start <= 8100
+
+
+def test_checkpointing_saves_memory(tmp_path: Path, base: ModelEntry) -> None:
+    setup = Setup(tmp_path, base)
+    peaks = []
+    for mode in ("none", "layer"):
+        setup.gauge.peak_bytes = 0
+        setup.gauge.forget_sizes()
+        setup.gradients(Layout(micro_batch_tokens=10**6, checkpointing=mode, loss_chunk_tokens=8))  # type: ignore[arg-type]
+        peaks.append(setup.gauge.peak_bytes)
+    assert peaks[1] < 0.8 * peaks[0]
