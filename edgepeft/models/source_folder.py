@@ -29,6 +29,7 @@ SMALL_FILES = (
     "added_tokens.json",
     "chat_template.jinja",
 )
+_TOKENIZER_FILES = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja")
 _SLOW_TOKENIZERS = ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "sentencepiece.bpe.model")
 
 
@@ -140,7 +141,11 @@ def copy_small_files(contents: FolderContents, folder: Path, progress: Progress 
 
 def small_files_changed(source: Path, folder: Path) -> bool:
     """Whether the source's config, tokenizer or template is another than the store's copy of it."""
+    # Without a tokenizer.json the tokenizer's files in the store were made anew, and differ by nature.
+    converted = not (source / "tokenizer.json").is_file()
     for name in SMALL_FILES:
+        if converted and name in _TOKENIZER_FILES:
+            continue
         original, kept = source / name, folder / name
         if original.is_file() and not (kept.is_file() and filecmp.cmp(original, kept)):
             return True
