@@ -6,6 +6,7 @@ import datetime
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping
+from itertools import compress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -227,15 +228,14 @@ def _build(
     with disk_errors(target), atomic_path(target) as temporary:
         writer = TokenWriter(temporary)
         complete = False
+        waiting_chars = 0
 
         def write_waiting() -> None:
             for sample in tokenize(waiting, tokenizer, stops):
                 writer.add(sample.ids, sample.mask, sample.rendered.line)
                 totals["samples"] += 1
                 totals["with_loss"] += any(sample.mask)
-                totals["with_end"] += any(
-                    flag and token in stops for token, flag in zip(sample.ids, sample.mask, strict=True)
-                )
+                totals["with_end"] += not stops.isdisjoint(compress(sample.ids, sample.mask))
             waiting.clear()
             if progress is not None:
                 progress(reader.bytes_read, reader.total_bytes)
@@ -260,8 +260,10 @@ def _build(
                 for item in rendered:
                     adapted.update(item.notes)
                 waiting.extend(rendered)
-                if len(waiting) >= _BATCH_RECORDS or sum(len(item.text) for item in waiting) >= _BATCH_CHARS:
+                waiting_chars += sum(len(item.text) for item in rendered)
+                if len(waiting) >= _BATCH_RECORDS or waiting_chars >= _BATCH_CHARS:
                     write_waiting()
+                    waiting_chars = 0
             write_waiting()
             complete = True
         finally:

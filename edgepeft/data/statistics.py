@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import compress
 from pathlib import Path
 
 import msgspec
@@ -191,8 +192,7 @@ class _Counting:
             self.longest = max(self.longest, (length, -item.rendered.line))
             self.totals["tokens"] += length
             self.totals["trained"] += sum(item.mask)
-            ends = any(flag and token in self.stops for token, flag in zip(item.ids, item.mask, strict=True))
-            self.totals["with_end"] += ends
+            self.totals["with_end"] += not self.stops.isdisjoint(compress(item.ids, item.mask))
 
     def result(self, path: str, detection: Detection) -> Survey:
         samples = sum(self.lengths.values())

@@ -36,7 +36,7 @@ def test_packing_fills_the_fullest_group_first() -> None:
 
 @pytest.mark.parametrize(("lengths", "cap"), [([1], 0), ([-1], 4)])
 def test_packing_refuses_what_makes_no_sense(lengths: list[int], cap: int) -> None:
-    with pytest.raises(ValueError, match="at least 1|negative"):
+    with pytest.raises(ValueError, match=r"at least 1|negative"):
         pack(lengths, cap)
 
 
