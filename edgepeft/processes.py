@@ -31,6 +31,9 @@ def worker_environment(device: str = "cpu") -> dict[str, str]:
         PYTHONUNBUFFERED="1",
         PYTHONUTF8="1",
     )
+    # Threads that spin at the end of each parallel product make decoding tens of times slower as soon as another
+    # process wants the cores: a training run beside a chat, or a busy desktop.
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     environment["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else device
     if os.name != "nt":
         environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
