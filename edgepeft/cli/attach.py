@@ -204,6 +204,10 @@ class _LiveView(_View):
             if told is not None:
                 self.tell(*told)
 
+    def tell(self, text: str, style: str = "") -> None:
+        # Above the live lines, and broken between words.
+        stderr.print(Text(text, style=style), soft_wrap=False)
+
     def ask(self, run: RunFolder, *, terminated: bool) -> str:
         if terminated:
             return "stop"

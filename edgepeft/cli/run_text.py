@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import time
 
 from edgepeft.plan.train_plan import TrainPlan
@@ -30,6 +31,18 @@ STYLES = {
     "lost": "red",
     "damaged": "red",
 }
+_INDENT = " " * 9
+_SHOWN_CHOICES = (
+    "precision",
+    "rank",
+    "targets",
+    "max-seq-len",
+    "micro-batch-tokens",
+    "checkpointing",
+    "epochs",
+    "learning-rate",
+)
+_TOLD_ELSEWHERE = ("gpu", "budget", "max-steps", "samples-per-step")
 PHASES = {
     "load": "Loading the model",
     "data": "Reading the data",
@@ -80,47 +93,61 @@ def plain_line(event: Event, state: RunState, predicted_peak_bytes: int) -> str 
 
 
 def memory_text(state: RunState, predicted_peak_bytes: int) -> str:
-    """`memory 0.92, peak 1.02 of 1.05 GiB predicted`: live now, highest so far, and what the plan said."""
+    """`0.92 GiB, peak 1.02 of 1.05 planned`: live now, highest so far, and what the plan said."""
     if state.live_bytes is None or state.peak_bytes is None:
-        return f"memory n/a of {format_bytes(predicted_peak_bytes)} predicted"
+        return f"memory n/a of {format_bytes(predicted_peak_bytes)} planned"
     # One unit for all three; a toy model would be 0.00 GiB throughout.
     size, unit = (GIB, "GiB") if predicted_peak_bytes >= 100 * MIB else (MIB, "MiB")
     live, peak, predicted = (count / size for count in (state.live_bytes, state.peak_bytes, predicted_peak_bytes))
-    return f"memory {live:.2f}, peak {peak:.2f} of {predicted:.2f} {unit} predicted"
+    return f"{live:.2f} {unit}, peak {peak:.2f} of {predicted:.2f} planned"
 
 
-def plan_lines(plan: TrainPlan) -> list[str]:
-    """A plan in short: what is trained, each choice, memory against the budget, warnings."""
+def plan_lines(plan: TrainPlan, width: int = 100) -> list[str]:
+    """A plan in short: what is trained, the choices that matter, memory against the budget, warnings.
+
+    Args:
+        plan: the plan.
+        width: columns to wrap at.
+    """
     recipe = plan.spec.recipe
-    lines = [f"Plan     {recipe.base.model}, {plan.steps:,} steps of {recipe.samples_per_step} samples"]
+    head = f"Plan     {recipe.base.model}, {plan.steps:,} steps of {recipe.samples_per_step} samples"
     if plan.data is not None:
-        lines[0] += f", {plan.data.train_samples:,} samples ({plan.data.tokens:,} tokens)"
+        head += f", from {plan.data.train_samples:,} samples ({plan.data.tokens:,} tokens)"
     words = [
-        f"{choice.what} {choice.value}" + ("" if choice.origin == "auto" else f" ({choice.origin})")
+        f"{choice.what} {choice.value}" + ("" if choice.origin in ("auto", "preset") else f" ({choice.origin})")
         for choice in plan.choices
+        if choice.what in _SHOWN_CHOICES or (choice.origin == "user" and choice.what not in _TOLD_ELSEWHERE)
     ]
-    lines += _wrapped("Choices  ", words)
     peak = plan.memory.peak
-    budget = plan.spec.budget_bytes
-    against = f" of {format_bytes(budget)}" if budget else ""
-    where = "on the CPU" if plan.spec.device == "cpu" else "on the card"
-    lines.append(f"Memory   {format_bytes(peak.total_bytes)}{against} predicted at the peak ({peak.name}), {where}")
+    memory = f"Memory   peak of {format_bytes(peak.total_bytes)} predicted ({peak.name})"
+    if plan.spec.budget_bytes:
+        memory += f", budget {format_bytes(plan.spec.budget_bytes)}"
+    memory += ", on the CPU" if plan.spec.device == "cpu" else ""
+    lines = [*wrapped(head, width), *_joined("Choices  ", words, width), *wrapped(memory, width)]
     if plan.seconds is not None:
         lines.append(f"Time     about {format_seconds(plan.seconds)}")
-    lines += [f"Note     {text}" for text in plan.notes]
+    for text in plan.notes:
+        lines += wrapped(f"Note     {text}", width)
     return lines
 
 
-def _wrapped(head: str, words: list[str], width: int = 100) -> list[str]:
-    lines: list[str] = []
-    current = head
+def wrapped(text: str, width: int) -> list[str]:
+    """`text` broken between words; later lines are indented to the column after its label."""
+    return textwrap.wrap(
+        text, max(width, 40), subsequent_indent=_INDENT, break_long_words=False, break_on_hyphens=False
+    ) or [""]
+
+
+def _joined(head: str, words: list[str], width: int) -> list[str]:
+    """`words` with dots between them, broken only at the dots."""
+    lines, current = [], head
     for index, word in enumerate(words):
         piece = word if index == len(words) - 1 else f"{word} · "
-        if len(current) + len(piece) > width and current.strip():
+        if len(current.rstrip()) + len(piece.rstrip()) > max(width, 40) and current != head:
             lines.append(current.rstrip())
-            current = " " * len(head)
+            current = _INDENT
         current += piece
-    return [*lines, current] if words else lines
+    return [*lines, current] if words else []
 
 
 def summary_lines(ending: Finished, run_path: str, model: str) -> list[str]:
@@ -142,7 +169,7 @@ def summary_lines(ending: Finished, run_path: str, model: str) -> list[str]:
     # An adapter in the library knows its base by itself.
     chosen = f"--adapter {ending.published.partition('@')[0]}" if ending.published else f"{model} --adapter {name}"
     lines.append(f"Next     edgepeft chat {chosen}")
-    lines.append(f"         edgepeft eval {chosen} --data FILE")
+    lines.append(f"{_INDENT}edgepeft eval {chosen} --data FILE")
     return lines
 
 

@@ -95,7 +95,7 @@ def show(run_id: RunId, as_json: JsonFlag = False) -> None:
         line(f"Last     heard of {age_text(state.updated_at)} ago")
     if state.peak_bytes is not None:
         line(f"Measured {memory_text(state, plan.memory.peak_bytes)}")
-    for text in plan_lines(plan):
+    for text in plan_lines(plan, out.width):
         line(text)
     sentences = [f"  {found[0]}" for event in events if (found := sentence(event))]
     if sentences:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgepeft.cli.output import JsonFlag, interactive, note
+from edgepeft.cli.output import JsonFlag, interactive, note, stderr
 from edgepeft.cli.plan_options import PlanOptions, takes_plan_options
 
 if TYPE_CHECKING:
@@ -43,8 +43,10 @@ def train(
     if not as_json:
         from edgepeft.cli.run_text import plan_lines
 
-        for text in plan_lines(made):
-            note(text, "yellow" if text.startswith("Note") else None)
+        warned = False
+        for text in plan_lines(made, stderr.width):
+            warned = text.startswith("Note") or (warned and text.startswith(" "))
+            note(text, "yellow" if warned else None)
         if interactive() and not yes and not typer.confirm("Start?", default=True, err=True):
             raise typer.Exit(0)
     _run(made, name, detach=detach, as_json=as_json)

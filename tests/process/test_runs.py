@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,7 @@ from edgepeft.paths import home
 from edgepeft.runs import launch as launching
 from edgepeft.runs.events import Finished, Started, StepDone
 from edgepeft.runs.events_file import read_events
-from edgepeft.runs.layout import RunFolder, open_run
+from edgepeft.runs.layout import RunFolder, list_runs, open_run
 from edgepeft.runs.lock import is_locked
 from edgepeft.runs.state import read_launched, read_state
 from toy_run import start_toy_worker, toy_plan
@@ -39,8 +39,12 @@ run(sys.argv[2:])
 
 
 @pytest.fixture(autouse=True)
-def _toy(monkeypatch: pytest.MonkeyPatch) -> None:
+def _toy(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(launching, "start_worker", start_toy_worker)
+    yield
+    for run in list_runs():
+        if is_locked(run):
+            kill_worker(run)
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 20.0) -> None:
@@ -182,7 +186,7 @@ def test_train_tells_the_plan_the_steps_and_the_outcome() -> None:
     code, out, err = finish(command("train", "--name", "told"))
     assert code == 0, err
     assert "Choices  rank 4 (user) · precision nf4" in err
-    assert "Memory   1.00 MiB of 1.91 MiB predicted at the peak (train step), on the CPU" in err
+    assert "Memory   peak of 1.00 MiB predicted (train step), budget 1.91 MiB, on the CPU" in err
     assert "Run      told-1" in err
     assert "Step 6/6: loss 0.3333" in err
     assert "Step 6: held-out loss 0.5000 on 8 samples, best so far" in err
