@@ -100,14 +100,13 @@ def memory_lines(memory: Breakdown, budget_bytes: int | None, width: int) -> lis
         )
     shown = [(shade, name) for shade, name, held in _SHADES if any(held_by in known for held_by in held)]
     lines.append((f"{_INDENT}{'':<10}  " + "   ".join(f"{shade} {name}" for shade, name in shown), "dim"))
-    peak = f"{_INDENT}Peak {format_bytes(memory.peak_bytes)} in the phase {memory.peak.name}"
+    peak = f"Peak {format_bytes(memory.peak_bytes)} in the phase {memory.peak.name}"
     if memory.uncertainty:
         peak += f", give or take {memory.uncertainty:.0%}"
     if budget_bytes:
-        peak += (
-            f"; {format_share(memory.peak_bytes / budget_bytes, digits=0)} of the budget of {format_gib(budget_bytes)}"
-        )
-    return [*lines, (peak, "bold")]
+        share = format_share(memory.peak_bytes / budget_bytes, digits=0)
+        peak += f": {share} of the budget of {format_gib(budget_bytes)}"
+    return [*lines, *((text, "bold") for text in _wrapped(peak, width, _INDENT, _INDENT))]
 
 
 def phase_bar(phase: Phase, scale_bytes: int, columns: int) -> str:

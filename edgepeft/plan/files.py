@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from edgepeft.errors import BadInput
+from edgepeft.errors import BadInput, UsageError
 from edgepeft.paths import write_atomic
 from edgepeft.plan.train_plan import TrainPlan
 
@@ -47,6 +47,8 @@ def read_plan_toml(path: Path) -> TrainPlan:
         plan = msgspec.convert(tomllib.loads(text), _Strict)
     except tomllib.TOMLDecodeError as error:
         raise BadInput(f"is not valid TOML: {error}", where=str(path)) from error
+    except UsageError as error:
+        raise BadInput(error.what, where=f"{path}, {error.where}", hint=error.hint) from error
     except msgspec.ValidationError as error:
         raise BadInput(
             f"is not a plan: {error}", where=str(path), hint="Make a new one with: edgepeft plan … --out P.toml"

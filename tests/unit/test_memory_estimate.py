@@ -1,0 +1,149 @@
+"""The closed form: it grows with what costs memory, its parts add up, and known figures come out."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edgepeft.memory.chat import estimate_chat, kv_cache_bytes
+from edgepeft.memory.estimate import CUDA_CONTEXT_BYTES, estimate_training
+from edgepeft.memory.weights import base_bytes, matrix_bytes
+from edgepeft.methods import LoraConfig, method_of
+from edgepeft.units import GIB
+from shapes import LLAMA_8B, SMOLLM2, llama_shape, run_spec
+
+
+def peak(shape=SMOLLM2, *, device="cpu", longest=256, step_tokens=None, **changes) -> int:
+    estimate = estimate_training(
+        run_spec(**changes), shape, longest_sample=longest, device_kind=device, step_tokens=step_tokens
+    )
+    return estimate.peak_bytes
+
+
+def test_nf4_with_double_quantization_costs_4_127_bits():
+    weights, constants = matrix_bytes(4096 * 14336, 4096, "nf4")
+    assert weights == 4096 * 14336 // 2
+    assert 8 * (weights + constants) / (4096 * 14336) == pytest.approx(4.127, abs=0.0005)
+
+
+def test_int8_has_one_float_a_row():
+    assert matrix_bytes(64 * 32, 64, "int8") == (2048, 256)
+
+
+def test_tied_embedding_counts_once():
+    untied = msgspec.structs.replace(SMOLLM2, tied_embeddings=False)
+    once, twice = (base_bytes(shape, "nf4", "bf16")["embeddings and head"] for shape in (SMOLLM2, untied))
+    assert once == 49152 * 576 * 2
+    assert twice == 2 * once
+
+
+def test_dense_base_is_its_parameters():
+    assert sum(base_bytes(LLAMA_8B, "bf16", "bf16").values()) == 2 * LLAMA_8B.parameters
+
+
+def test_8b_qlora_step_is_near_the_simulated_one():
+    # shared/FACTS: the same step simulated on fake tensors gives 8.289 GiB before logits.
+    estimate = estimate_training(
+        run_spec(rank=16, micro_batch_tokens=4096), LLAMA_8B, longest_sample=512, device_kind="cpu"
+    )
+    assert estimate.peak_bytes / GIB == pytest.approx(8.29, rel=0.05)
+    assert estimate.peak.name == "train step"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_phases_are_sums_of_their_categories(device):
+    estimate = estimate_training(run_spec(), SMOLLM2, longest_sample=128, device_kind=device)
+    assert [phase.name for phase in estimate.phases] == ["load", "train step", "evaluation", "save"]
+    for phase in estimate.phases:
+        assert phase.total_bytes == sum(phase.bytes_by_category.values())
+        assert all(isinstance(size, int) and size > 0 for size in phase.bytes_by_category.values())
+    assert estimate.peak_bytes == max(phase.total_bytes for phase in estimate.phases)
+
+
+def test_cpu_has_no_context_and_cuda_has_one():
+    on_cpu = estimate_training(run_spec(), SMOLLM2, longest_sample=128, device_kind="cpu").peak
+    on_card = estimate_training(run_spec(), SMOLLM2, longest_sample=128, device_kind="cuda").peak
+    assert "device context" not in on_cpu.bytes_by_category
+    assert on_card.bytes_by_category["device context"] == CUDA_CONTEXT_BYTES
+
+
+def test_adapter_gradient_and_optimizer_are_float32():
+    step = estimate_training(run_spec(rank=8), SMOLLM2, longest_sample=64, device_kind="cpu").phases[1]
+    config = LoraConfig(rank=8)
+    parameters = method_of(config).count_parameters(config, SMOLLM2)
+    assert step.bytes_by_category["adapter weights"] == 4 * parameters
+    assert step.bytes_by_category["gradients"] == 4 * parameters
+    assert step.bytes_by_category["optimizer state"] == 8 * parameters
+
+
+def test_one_sample_above_the_cap_counts():
+    assert peak(micro_batch_tokens=128, longest=1024) == peak(micro_batch_tokens=1024, longest=1024)
+
+
+def test_no_micro_batch_holds_more_than_a_step():
+    assert peak(micro_batch_tokens=4096, step_tokens=700) < peak(micro_batch_tokens=4096)
+    assert peak(micro_batch_tokens=512, step_tokens=100_000) == peak(micro_batch_tokens=512)
+
+
+def test_checkpointing_saves_memory():
+    assert peak(checkpointing="layer", micro_batch_tokens=2048) < peak(checkpointing="none", micro_batch_tokens=2048)
+
+
+@given(
+    rank=st.integers(1, 64),
+    tokens=st.integers(1, 8192),
+    longest=st.integers(1, 2048),
+    layers=st.integers(1, 48),
+    chunk=st.integers(1, 512),
+    precision=st.sampled_from(["bf16", "int8", "nf4"]),
+    checkpointing=st.sampled_from(["layer", "none"]),
+    device=st.sampled_from(["cpu", "cuda"]),
+    what=st.sampled_from(["rank", "tokens", "longest", "layers", "chunk"]),
+    more=st.integers(1, 500),
+)
+def test_more_never_costs_less(rank, tokens, longest, layers, chunk, precision, checkpointing, device, what, more):
+    values = {"rank": rank, "tokens": tokens, "longest": longest, "layers": layers, "chunk": chunk}
+
+    def total(rank: int, tokens: int, longest: int, layers: int, chunk: int) -> int:
+        return peak(
+            llama_shape(layers=layers),
+            device=device,
+            longest=longest,
+            rank=rank,
+            micro_batch_tokens=tokens,
+            loss_chunk_tokens=chunk,
+            precision=precision,
+            checkpointing=checkpointing,
+        )
+
+    grown = values | {what: min(64, rank + more) if what == "rank" else values[what] + more}
+    assert total(**grown) >= total(**values)
+
+
+@pytest.mark.parametrize(("better", "leaner"), [("fp32", "bf16"), ("bf16", "int8"), ("int8", "nf4")])
+def test_fewer_bits_are_smaller(better, leaner):
+    held = {name: sum(base_bytes(LLAMA_8B, name, "bf16").values()) for name in (better, leaner)}
+    assert held[leaner] < held[better]
+
+
+def test_chat_counts_the_cache():
+    # Llama-3-8B: 128 KiB a token in 16 bit.
+    assert kv_cache_bytes(LLAMA_8B, 1, "bf16") == 131072
+    short, long = (
+        estimate_chat(LLAMA_8B, "nf4", "bf16", context_tokens=tokens, device_kind="cuda").peak_bytes
+        for tokens in (1024, 8192)
+    )
+    assert long - short > 7168 * 131072
+    assert estimate_chat(LLAMA_8B, "nf4", "bf16", context_tokens=1024, device_kind="cpu").peak.name == "chat"
+
+
+def test_70b_takes_milliseconds():
+    from time import perf_counter
+
+    shape = llama_shape(layers=80, hidden=8192, intermediate=28672, heads=64, kv_heads=8, head_dim=128, vocab=128256)
+    begun = perf_counter()
+    for _ in range(10):
+        peak(shape, micro_batch_tokens=4096)
+    assert (perf_counter() - begun) / 10 < 0.05

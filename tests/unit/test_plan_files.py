@@ -1,0 +1,160 @@
+"""Plans as files and as text, and the command that makes them."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+import pytest
+from typer.testing import CliRunner
+
+from edgepeft.cli.app import app
+from edgepeft.cli.plan_options import PlanOptions
+from edgepeft.errors import BadInput, DoesNotFit, UsageError
+from edgepeft.plan.build import build, parse_map
+from edgepeft.plan.explain import explain, phase_bar
+from edgepeft.plan.files import read_plan_toml, write_plan_toml
+from edgepeft.plan.train_plan import TrainPlan
+
+
+@pytest.fixture
+def plan(tiny_model: Path, alpaca_file: Path) -> TrainPlan:
+    return build(str(tiny_model), alpaca_file, {"gpu": "cpu", "budget": "1GiB", "rank": 4})
+
+
+def test_toml_and_json_give_the_same_plan_back(plan, tmp_path):
+    write_plan_toml(plan, tmp_path / "p.toml")
+    assert read_plan_toml(tmp_path / "p.toml") == plan
+    assert msgspec.json.decode(msgspec.json.encode(plan), type=TrainPlan) == plan
+
+
+def test_an_edited_value_is_read(plan, tmp_path):
+    path = tmp_path / "p.toml"
+    write_plan_toml(plan, path)
+    path.write_text(path.read_text().replace("seed = 0", "seed = 7"))
+    assert read_plan_toml(path).spec.recipe.seed == 7
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("samples_per_step =", "sample_per_step =", "sample_per_step"),
+        ("steps =", "steppes =", "steppes"),
+        ("rank = 4", 'rank = "four"', "rank"),
+        ("rank = 4", "rank = 0", "rank"),
+        ("[spec.recipe]", "[spec.recipe", "TOML"),
+    ],
+)
+def test_a_wrong_key_is_named(plan, tmp_path, old, new, told):
+    path = tmp_path / "p.toml"
+    write_plan_toml(plan, path)
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(BadInput, match=told):
+        read_plan_toml(path)
+
+
+def test_a_missing_file_is_told(tmp_path):
+    with pytest.raises(BadInput, match="cannot be read"):
+        read_plan_toml(tmp_path / "none.toml")
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_text_fits_the_terminal_and_says_everything(plan, width):
+    lines = [text for text, _ in explain(plan, width)]
+    assert max(map(len, lines)) <= width
+    text = "\n".join(lines)
+    for choice in plan.choices:
+        assert f"  {choice.what} " in text
+    assert "train step" in text
+    assert "budget of 1.00 GiB" in " ".join(text.split())
+
+
+def test_bars_are_as_long_as_they_should_be(plan):
+    for phase in plan.memory.phases:
+        assert len(phase_bar(phase, plan.memory.peak_bytes, 40)) == 40
+    assert "·" not in phase_bar(plan.memory.peak, plan.memory.peak_bytes, 40)
+    assert phase_bar(plan.memory.peak, 2 * plan.memory.peak_bytes, 40).count("·") == 20
+
+
+def test_settings_are_overridden_in_order(tiny_model, alpaca_file, monkeypatch):
+    from edgepeft.settings import store_setting
+
+    def budget(**typed):
+        made = build(str(tiny_model), alpaca_file, {"gpu": "cpu", **typed})
+        return next((choice.value, choice.origin, choice.why) for choice in made.choices if choice.what == "budget")
+
+    assert budget()[1] == "auto"
+    store_setting("budget", "3GiB")
+    assert budget() == ("3.00 GiB", "config", "set in config.toml")
+    monkeypatch.setenv("EDGEPEFT_BUDGET", "2GiB")
+    assert budget() == ("2.00 GiB", "config", "set by EDGEPEFT_BUDGET")
+    assert budget(budget="1GiB") == ("1.00 GiB", "user", "as typed")
+
+
+def test_a_card_that_is_not_here_can_be_planned_for(tiny_model):
+    made = build(str(tiny_model), None, {"gpu": "rtx-4090-24gb", "max_seq_len": 128})
+    assert made.spec.device == "rtx-4090-24gb"
+    assert any("not in this machine" in note for note in made.notes)
+
+
+@pytest.mark.parametrize(
+    ("typed", "told"),
+    [
+        ({"budget": "5"}, "no unit"),
+        ({"budget": "-1GiB"}, "not above zero"),
+        ({"budget": "9000TiB"}, "more than all RAM"),
+        ({"gpu": "rtx-9999"}, "unknown GPU"),
+        ({"gpu": "7"}, "no card 7"),
+        ({"intent": "best"}, "unknown preset"),
+        ({"map": ["a"]}, "there is no data"),
+    ],
+)
+def test_settings_that_cannot_be_meant(tiny_model, typed, told):
+    with pytest.raises(UsageError, match=told):
+        build(str(tiny_model), None, {"gpu": "cpu"} | typed)
+
+
+def test_budget_too_small(tiny_model, alpaca_file):
+    with pytest.raises(DoesNotFit, match="more than the budget"):
+        build(str(tiny_model), alpaca_file, {"gpu": "cpu", "budget": "100kB"})
+
+
+def test_map_pairs():
+    assert parse_map(["prompt=question", " a = b "]) == {"prompt": "question", "a": "b"}
+    with pytest.raises(UsageError, match="--map"):
+        parse_map(["prompt"])
+
+
+def test_only_what_was_typed_is_an_override():
+    assert PlanOptions().typed() == {}
+    assert PlanOptions(rank=4, learning_rate=1e-3).typed() == {"rank": 4, "learning_rate": 1e-3}
+
+
+def test_the_command_prints_json_and_writes_toml(tiny_model, alpaca_file, tmp_path):
+    out = tmp_path / "p.toml"
+    options = ["--gpu", "cpu", "--budget", "1GiB", "--seq-len", "48", "--lr", "1e-3", "--json", "--out", str(out)]
+    result = CliRunner().invoke(app, ["plan", str(tiny_model), str(alpaca_file), *options])
+    assert result.exit_code == 0, result.output
+    told = json.loads(result.stdout)
+    assert told["spec"]["recipe"]["max_seq_len"] == 48
+    assert told["spec"]["recipe"]["optimizer"]["learning_rate"] == 1e-3
+    assert read_plan_toml(out).spec.recipe.max_seq_len == 48
+
+
+def test_planning_imports_no_torch(tiny_model, alpaca_file):
+    code = (
+        "import sys; from edgepeft.cli.app import run\n"
+        "try: run(sys.argv[1:])\n"
+        "except SystemExit: pass\n"
+        "bad = {'torch', 'transformers', 'bitsandbytes', 'accelerate'} & set(sys.modules)\n"
+        "sys.exit(f'imported {bad}' if bad else 0)"
+    )
+    arguments = ["plan", str(tiny_model), str(alpaca_file), "--gpu", "cpu", "--budget", "1GiB"]
+    ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert ended.returncode == 0, ended.stderr
+    assert "Plan for tiny-model on the CPU" in ended.stdout
