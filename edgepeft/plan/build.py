@@ -14,7 +14,7 @@ from edgepeft.plan.device import PlanDevice, check_budget, find_device
 from edgepeft.plan.lengths import SampleLengths
 from edgepeft.plan.search import Given, PlanRequest, make_plan
 from edgepeft.plan.train_plan import Origin, TrainPlan
-from edgepeft.units import format_gib, parse_bytes
+from edgepeft.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
     from edgepeft.data.prepare import PreparedData
@@ -90,10 +90,10 @@ def _setting(name: str, typed: dict[str, Any]) -> tuple[str | None, Origin, str]
 def _budget(typed: dict[str, Any], device: PlanDevice) -> tuple[int, Given]:
     text, origin, where = _setting("budget", typed)
     if text is None:
-        return device.budget_bytes, Given(format_gib(device.budget_bytes), "auto", device.budget_why)
+        return device.budget_bytes, Given(format_bytes(device.budget_bytes), "auto", device.budget_why)
     budget_bytes = parse_bytes(text, where="--budget" if origin == "user" else "budget")
     check_budget(budget_bytes, device)
-    return budget_bytes, Given(format_gib(budget_bytes), origin, where)
+    return budget_bytes, Given(format_bytes(budget_bytes), origin, where)
 
 
 def _read(

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from edgepeft.memory.breakdown import Breakdown, Category, Phase
 from edgepeft.plan.train_plan import Choice, DataSummary, TrainPlan
-from edgepeft.units import GIB, MIB, format_bytes, format_count, format_gib, format_seconds, format_share
+from edgepeft.units import GIB, MIB, format_bytes, format_count, format_seconds, format_share
 
 Tone = Literal["", "bold", "dim"]
 Line = tuple[str, Tone]
@@ -105,7 +105,7 @@ def memory_lines(memory: Breakdown, budget_bytes: int | None, width: int) -> lis
         peak += f", give or take {memory.uncertainty:.0%}"
     if budget_bytes:
         share = format_share(memory.peak_bytes / budget_bytes, digits=0)
-        peak += f": {share} of the budget of {format_gib(budget_bytes)}"
+        peak += f": {share} of the budget of {format_bytes(budget_bytes)}"
     return [*lines, *((text, "bold") for text in _wrapped(peak, width, _INDENT, _INDENT))]
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from edgepeft.methods import method_of
 from edgepeft.plan.train_plan import Choice, DataSummary, Origin
 from edgepeft.spec import Recipe, RunSpec
-from edgepeft.units import format_count, format_gib, format_share
+from edgepeft.units import format_bytes, format_count, format_share
 
 if TYPE_CHECKING:
     from edgepeft.plan.search import Candidate, Search
@@ -134,7 +134,7 @@ def _precision_why(search: Search, chosen: Candidate) -> str:
         return f"{words}; {reason}"
     better = search.precisions[place - 1]
     peak = search.cost(search.leanest(chosen.max_seq_len, better, search.ranks[-1])).peak_bytes
-    return f"{words}; {better} needs {format_gib(peak)} or more"
+    return f"{words}; {better} needs {format_bytes(peak)} or more"
 
 
 def _length_why(search: Search, chosen: Candidate, data: DataSummary | None) -> str:
@@ -163,7 +163,7 @@ def _rank_why(search: Search, chosen: Candidate) -> str:
         return search.request.preset.ranks.description
     better = search.ranks[search.ranks.index(chosen.rank) - 1]
     peak = search.cost(search.leanest(chosen.max_seq_len, chosen.precision, better)).peak_bytes
-    return f"rank {better} needs {format_gib(peak)} or more"
+    return f"rank {better} needs {format_bytes(peak)} or more"
 
 
 def _micro_batch_why(search: Search, chosen: Candidate) -> str:

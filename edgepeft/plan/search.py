@@ -33,7 +33,7 @@ from edgepeft.spec import (
     Schedule,
     Upkeep,
 )
-from edgepeft.units import format_gib
+from edgepeft.units import format_bytes
 
 if TYPE_CHECKING:
     from edgepeft.models.store import ModelEntry
@@ -333,7 +333,7 @@ class Search:
         def add(what: str, candidate: Candidate, brings: str) -> None:
             peak = self.cost(candidate).peak_bytes
             over = peak - self.request.budget_bytes
-            found.append(Alternative(what, peak, over <= 0, f"{format_gib(over)} too much" if over > 0 else brings))
+            found.append(Alternative(what, peak, over <= 0, f"{format_bytes(over)} too much" if over > 0 else brings))
 
         length, precision, rank = chosen.max_seq_len, chosen.precision, chosen.rank
         place = self.precisions.index(precision)
@@ -348,8 +348,8 @@ class Search:
         if "rank" not in self.pins:
             larger = self.ranks[self.ranks.index(rank) - 1] if rank != self.ranks[0] else 2 * rank
             if self._rank_possible(larger):
-                brings = "fits too; --rank takes it" if rank == self.ranks[0] else "fits"
-                add(f"rank {larger}", self.leanest(length, precision, larger), brings)
+                same = msgspec.structs.replace(chosen, rank=larger)
+                add(f"rank {larger}", same if self.fits(same) else self.leanest(length, precision, larger), "fits too")
         if chosen.checkpointing == "layer":
             add("no checkpointing", msgspec.structs.replace(chosen, checkpointing="none"), "fits, but no faster here")
         else:
@@ -365,7 +365,7 @@ class Search:
         budget = self.request.budget_bytes
         smallest = self.smallest(length)
         peak = self.cost(smallest).peak_bytes
-        helps = [f"a budget of {format_gib(peak + (1 << 26), digits=1)}"]
+        helps = [f"a budget of {format_bytes(peak * 1.01)}"]
         for name in (
             "precision",
             "max_seq_len",
@@ -390,11 +390,11 @@ class Search:
             if category in ("frozen weights", "quantization constants", "embeddings and head")
         )
         if base > budget / 2:
-            helps.append(f"a smaller model: this base alone takes {format_gib(base)} in {smallest.precision}")
+            helps.append(f"a smaller model: this base alone takes {format_bytes(base)} in {smallest.precision}")
         return DoesNotFit(
-            f"{self.request.entry.name} needs {format_gib(peak)} at the least ({smallest.precision}, "
+            f"{self.request.entry.name} needs {format_bytes(peak)} at the least ({smallest.precision}, "
             f"rank {smallest.rank}, {smallest.max_seq_len} tokens, checkpointing {smallest.checkpointing}), "
-            f"{format_gib(peak - budget)} more than the budget of {format_gib(budget)}",
+            f"{format_bytes(peak - budget)} more than the budget of {format_bytes(budget)}",
             hint="What would help: " + "; ".join(helps),
         )
 
