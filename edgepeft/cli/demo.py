@@ -59,7 +59,7 @@ def demo(
     _title(4, "Training")
     run = launch(plan, tour.ADAPTER)
     code = attach(run, plan)
-    ending = read_events(run.events_file)[0][-1]
+    ending = read_events(run.events_file)[-1]
     if code != ExitCode.DONE or not isinstance(ending, Finished):
         raise typer.Exit(code or ExitCode.BUG)
     _title(5, "Base and adapter on alerts whose wordings were never trained")
