@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 _HALF = "\ufffd"
+_HELD_CHARACTERS = 3
+"""An unfinished character of UTF-8 has at most three bytes, and decoders write at most one mark for each; further marks
+before these are what the model means."""
 _CONTEXT_TOKENS = 6
 """Tokens decoded again before the new ones: some tokenizers write a token by what stands before it."""
-_LONGEST_CHARACTER_TOKENS = 8
-"""A replacement character that stays for so many tokens is not half a character, the model means it."""
 
 
 class TextStream:
@@ -22,24 +23,26 @@ class TextStream:
         self._decode = decode
         self._ids: list[int] = []
         self._start = 0
-        """Where the context before the new tokens begins."""
+        """Tokens before this one are decoded no more."""
         self._told = 0
-        """So many tokens have been given out as text."""
+        """So many characters of the text from `_start` on have been given out."""
 
     def push(self, ids: Sequence[int]) -> str:
         """Takes the next tokens; returns the text that is now certain, which may be none."""
         self._ids += ids
-        before = self._decode(self._ids[self._start : self._told])
-        whole = self._decode(self._ids[self._start :])
-        if whole.endswith(_HALF) and len(self._ids) - self._told < _LONGEST_CHARACTER_TOKENS:
-            return ""
-        return self._give(before, whole)
+        text = self._decode(self._ids[self._start :])
+        marks = len(text) - len(text.rstrip(_HALF))
+        certain = len(text) - min(marks, _HELD_CHARACTERS)
+        piece = text[self._told : certain]
+        self._told = max(self._told, certain)
+        if not marks:
+            self._start = max(0, len(self._ids) - _CONTEXT_TOKENS)
+            self._told = len(self._decode(self._ids[self._start :]))
+        return piece
 
     def finish(self) -> str:
         """The rest; an unfinished character becomes the replacement character."""
-        return self._give(self._decode(self._ids[self._start : self._told]), self._decode(self._ids[self._start :]))
-
-    def _give(self, before: str, whole: str) -> str:
-        self._told = len(self._ids)
-        self._start = max(0, self._told - _CONTEXT_TOKENS)
-        return whole[len(before) :]
+        text = self._decode(self._ids[self._start :])
+        piece = text[self._told :]
+        self._told = len(text)
+        return piece

@@ -76,14 +76,12 @@ def parse_adapter(text: str) -> ChosenAdapter:
         BadInput: there is no such adapter.
     """
     reference, separator, strength = text.rpartition("=")
-    if not separator:
+    # A path may hold an equals sign.
+    if not separator or Path(text).expanduser().is_dir():
         return ChosenAdapter(resolve_adapter(text))
     try:
         scale = float(strength)
     except ValueError:
-        # A path may hold an equals sign.
-        if Path(text).expanduser().is_dir():
-            return ChosenAdapter(resolve_adapter(text))
         raise UsageError(f"{strength!r} is not a strength", where="--adapter", hint="Write for example a=0.7") from None
     if not abs(scale) <= 100:
         raise UsageError(

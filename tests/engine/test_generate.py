@@ -167,9 +167,7 @@ def test_next_turn_reuses_the_prefix_and_answers_as_if_fresh(loaded: LoadedModel
     assert generate(session, other, [], GREEDY).reused_tokens == 0
 
 
-def test_long_prompt_is_read_in_pieces(
-    loaded: LoadedModel, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_long_prompt_is_read_in_pieces(loaded: LoadedModel, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = [(7 * index) % 250 for index in range(90)]
     monkeypatch.setattr(generate_module, "_PREFILL_TOKENS", 16)
     expected = reference(tiny_model, prompt)
@@ -221,9 +219,7 @@ def test_budget_bounds_the_cache(loaded: LoadedModel) -> None:
         Session(loaded, base - 1)
 
 
-def test_batch_out_of_memory_halves_and_a_single_row_reports(
-    session: Session, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_batch_out_of_memory_halves_and_a_single_row_reports(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = [answer.ids for answer in generate_batch(session, PROMPTS, [], GREEDY, 4)]
     real, widths = generate_module._forward, []
 
