@@ -270,16 +270,14 @@ def _forward(
     positions: Tensor | None = None,
 ) -> Tensor:
     """Runs tokens [B, T] behind the cache; logits after the last one, [B, V]."""
-    output = session.loaded.model(
+    hidden = session.loaded.decoder(
         input_ids=ids.to(session.loaded.device),
         attention_mask=mask,
         position_ids=positions,
         past_key_values=cache,
         use_cache=True,
-        logits_to_keep=1,
-    )
-    logits: Tensor = output.logits[:, -1]
-    return logits
+    ).last_hidden_state
+    return session.logits(hidden[:, -1].contiguous())
 
 
 def _check_prompt(session: Session, prompt_ids: Sequence[int], limit: int) -> None:

@@ -7,6 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 from transformers import DynamicCache
 
 from edgepeft.chat.protocol import AdapterUse
@@ -14,6 +17,7 @@ from edgepeft.engine.methods import detach, set_active
 from edgepeft.engine.methods.peft_files import read_adapter
 from edgepeft.engine.model.frozen import DTYPES
 from edgepeft.engine.model.load import LoadedModel
+from edgepeft.engine.training.loss import check_head, head_of
 from edgepeft.errors import BadInput, DoesNotFit
 from edgepeft.units import format_bytes
 
@@ -51,6 +55,8 @@ class Session:
         """Folder → (what its files looked like when they were read, name inside the model)."""
         self._count = 0
         self.active: AdapterKey = ()
+        self._head = head_of(loaded.model, loaded.head_weight)
+        self._check_head()
         if budget_bytes is not None and self.live_bytes + self.cache_token_bytes > budget_bytes:
             raise DoesNotFit(
                 f"the base alone needs {format_bytes(self.live_bytes)}, the budget is {format_bytes(budget_bytes)}",
@@ -69,6 +75,28 @@ class Session:
         if self._budget_bytes is None:
             return limit
         return min(limit, (self._budget_bytes - self.live_bytes) // (self.cache_token_bytes * rows))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Next-token logits [B, V] of hidden states after the final norm, [B, H], contiguous.
+
+        The model's own forward hands its head a strided slice, for which matmul copies the head once for every row.
+        """
+        head = self._head
+        if len(hidden) == 1 and hidden.device.type == "cpu":
+            # One row: a matrix-vector product reads the head twice as fast.
+            logits = torch.mv(head.weight, hidden[0])[None]
+            logits = logits if head.bias is None else logits + head.bias
+        else:
+            logits = F.linear(hidden, head.weight, head.bias)
+        logits = logits if head.scale == 1.0 else logits * head.scale
+        return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
+
+    @torch.inference_mode()
+    def _check_head(self) -> None:
+        """Refuses a base whose output head is not what `logits` takes it for."""
+        ids = torch.tensor([[0, 1]], device=self.loaded.device)
+        hidden = self.loaded.decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
+        check_head(self.loaded.model, hidden, self._head, self.loaded.model(input_ids=ids, use_cache=False).logits[0])
 
     def activate(self, uses: Sequence[AdapterUse]) -> None:
         """Makes exactly these adapters active; a folder is read once and again only when its files changed.
