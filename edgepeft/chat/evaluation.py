@@ -67,8 +67,11 @@ class EvaluationProgress(msgspec.Struct, frozen=True):
     done: int
     total: int
     eta_seconds: float | None
-    """Time left for this part, by its speed so far."""
+    """Time left for this part, by its speed so far; None at its beginning."""
 
+
+_ETA_SHARE = 0.2
+"""Done share from which the time left is told."""
 
 Progress = Callable[[EvaluationProgress], None]
 _Sample = tuple[int, list[int], list[bool]]
@@ -287,6 +290,8 @@ def _answers(
 
 
 def _tell(progress: Progress | None, what: str, done: int, total: int, begun: float) -> None:
-    if progress is not None:
-        spent = time.perf_counter() - begun
-        progress(EvaluationProgress(what, done, total, spent / done * (total - done) if done else None))
+    if progress is None:
+        return
+    # Answers come in waves, a batch at a time: the first ones say little about the rest.
+    eta = (time.perf_counter() - begun) / done * (total - done) if done >= _ETA_SHARE * total else None
+    progress(EvaluationProgress(what, done, total, eta))
