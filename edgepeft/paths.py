@@ -100,11 +100,21 @@ def disk_errors(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskProblem("the disk is full", where=str(path), hint="Free some space, or set EDGEPEFT_HOME to another disk") from error
+            raise DiskProblem(
+                "the disk is full", where=str(path), hint="Free some space, or set EDGEPEFT_HOME to another disk"
+            ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            raise DiskProblem("no permission to write here", where=str(path), hint="Change the permissions, or set EDGEPEFT_HOME to a folder of yours") from error
+            raise DiskProblem(
+                "no permission to write here",
+                where=str(path),
+                hint="Change the permissions, or set EDGEPEFT_HOME to a folder of yours",
+            ) from error
         if error.errno in (errno.EIO, errno.ENODEV, errno.ENXIO):
-            raise DiskProblem(f"the disk does not answer: {error.strerror}", where=str(path), hint="Check the medium, or set EDGEPEFT_HOME to another disk") from error
+            raise DiskProblem(
+                f"the disk does not answer: {error.strerror}",
+                where=str(path),
+                hint="Check the medium, or set EDGEPEFT_HOME to another disk",
+            ) from error
         raise
 
 

@@ -63,7 +63,9 @@ def start_worker(
     """
     options: dict[str, Any] = {}
     if detached and os.name == "nt":
-        options["creationflags"] = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0) | getattr(subprocess, "CREATE_NO_WINDOW", 0)
+        options["creationflags"] = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0) | getattr(
+            subprocess, "CREATE_NO_WINDOW", 0
+        )
     elif detached:
         options["start_new_session"] = True
     return subprocess.Popen(

@@ -44,7 +44,9 @@ def stored_settings() -> Settings:
     try:
         return msgspec.convert(tomllib.loads(text), Settings)
     except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
-        raise BadInput(f"not valid settings: {error}", where=str(path), hint="Known keys: " + ", ".join(_ENVIRONMENT)) from error
+        raise BadInput(
+            f"not valid settings: {error}", where=str(path), hint="Known keys: " + ", ".join(_ENVIRONMENT)
+        ) from error
 
 
 def settings() -> Settings:

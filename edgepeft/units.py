@@ -88,7 +88,13 @@ def format_count(count: float) -> str:
     for suffix, factor in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= factor:
             value = count / factor
-            return f"{value:.2f} {suffix}" if value < 10 else f"{value:.1f} {suffix}" if value < 1000 else f"{value:.0f} {suffix}"
+            return (
+                f"{value:.2f} {suffix}"
+                if value < 10
+                else f"{value:.1f} {suffix}"
+                if value < 1000
+                else f"{value:.0f} {suffix}"
+            )
     return f"{count:.0f}"
 
 

@@ -6,6 +6,7 @@ import socket
 from pathlib import Path
 
 import pytest
+
 from tiny import write_alpaca, write_tiny_model
 
 

@@ -54,7 +54,9 @@ def cache_show(as_json: JsonFlag = False) -> None:
 
     cache = home().cache
     sizes = {
-        entry.name: sum(file.stat().st_size for file in entry.rglob("*") if file.is_file()) if entry.is_dir() else entry.stat().st_size
+        entry.name: sum(file.stat().st_size for file in entry.rglob("*") if file.is_file())
+        if entry.is_dir()
+        else entry.stat().st_size
         for entry in (sorted(cache.iterdir()) if cache.is_dir() else [])
     }
     if as_json:

@@ -20,7 +20,13 @@ def list_(as_json: JsonFlag = False) -> None:
     if as_json:
         print_json(
             [
-                {"id": name, "paper": method.PAPER, "peft": method.PEFT_TYPE, "adds": method.ADDS, "merges": method.MERGES}
+                {
+                    "id": name,
+                    "paper": method.PAPER,
+                    "peft": method.PEFT_TYPE,
+                    "adds": method.ADDS,
+                    "merges": method.MERGES,
+                }
                 for name, method in METHODS.items()
             ]
         )
