@@ -1,7 +1,7 @@
 """A run, fully said: the recipe that decides the result and the layout that decides only how it is executed.
 
 An optimizer step is a fixed list of samples. Packing that list into micro-batches is a pure function of the list and
-the layout, and the loss is normalised by the step's trained tokens, so a layout may change in the middle of a run (after
+the layout, and the loss is normalised by the step's trained tokens. So a layout may change in the middle of a run (after
 an out-of-memory, on resume, on another machine) without changing what is learned.
 """
 
@@ -15,7 +15,7 @@ import msgspec
 from edgepeft.methods import MethodConfig
 
 Precision = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
-"""How the frozen base is held; nf4 is NormalFloat-4 with double quantization (Dettmers et al. 2023, arXiv 2305.14314)."""
+"""How the frozen base is held. nf4: NormalFloat-4 with double quantization, Dettmers et al. 2023, arXiv 2305.14314."""
 ComputeDtype = Literal["fp32", "bf16", "fp16"]
 Overlong = Literal["truncate", "drop"]
 TrainOn = Literal["assistant", "all"]

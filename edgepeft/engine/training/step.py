@@ -22,7 +22,7 @@ from edgepeft.errors import OutOfMemory
 from edgepeft.spec import Checkpointing, Layout, Recipe
 
 
-class MicroBatchTooLarge(Exception):  # noqa: N818 - it is caught within a step and never shown
+class MicroBatchTooLarge(Exception):
     """Memory ran out in a micro-batch."""
 
     def __init__(self, tokens: int, samples: int, message: str) -> None:

@@ -13,7 +13,7 @@ from edgepeft.runs.control import read_request, take_request
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK")
 
 
-class StopRun(Exception):  # noqa: N818 - it is a request, not an error
+class StopRun(Exception):
     """Leave the step in hand, save, and end."""
 
 
