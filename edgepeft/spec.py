@@ -1,8 +1,8 @@
 """A run, fully said: the recipe that decides the result and the layout that decides only how it is executed.
 
 An optimizer step is a fixed list of samples. Packing that list into micro-batches is a pure function of the list and
-the layout, and the loss is normalised by the step's trained tokens. So a layout may change in the middle of a run (after
-an out-of-memory, on resume, on another machine) without changing what is learned.
+the layout, and the loss is normalised by the step's trained tokens. So a layout may change in the middle of a run
+(after running out of memory, on resume, on another machine) without changing what is learned.
 """
 
 from __future__ import annotations
