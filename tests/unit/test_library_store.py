@@ -98,7 +98,12 @@ def test_bad_names_are_refused(folder: Path, name: str, edgepeft_home: Path) -> 
 
 
 @pytest.mark.parametrize("reference", ["../x", "nope", "nope@v3", "x@", "@v1", "a@vb"])
-def test_unknown_references_say_what_there_is(folder: Path, reference: str) -> None:
+def test_unknown_references_say_what_there_is(
+    folder: Path, reference: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    monkeypatch.chdir(inner)
     publish(folder, "triage", make_card())
     with pytest.raises(BadInput, match="triage"):
         resolve_adapter(reference)
