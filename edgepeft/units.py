@@ -112,6 +112,14 @@ def format_seconds(seconds: float) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
+def format_age(seconds: float) -> str:
+    """How long ago, in one unit: `41 s`, `19 min`, `2 h` or `3 d`; a clock that was set back gives `0 s`."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{int(seconds // length)} {unit}"
+    return f"{int(max(0.0, seconds))} s"
+
+
 def format_share(fraction: float, *, digits: int = 1) -> str:
     """A fraction as `85.2 %`."""
     return f"{100 * fraction:.{digits}f} %"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import textwrap
-import time
 
 from edgepeft.plan.train_plan import TrainPlan
 from edgepeft.runs.events import (
@@ -184,17 +183,6 @@ def peak_text(measured_bytes: int, predicted_bytes: int) -> str:
 def progress_text(state: RunState) -> str:
     """`412/900`, or a dash before anything is known."""
     return f"{state.step}/{state.steps}" if state.steps else "–"
-
-
-def age_text(moment: float | None) -> str:
-    """How long ago, in one unit."""
-    if moment is None:
-        return "n/a"
-    seconds = max(0.0, time.time() - moment)
-    for unit, size in (("d", 86400), ("h", 3600), ("min", 60)):
-        if seconds >= size:
-            return f"{int(seconds // size)} {unit}"
-    return f"{int(seconds)} s"
 
 
 def _at_step(step: int | None) -> str:

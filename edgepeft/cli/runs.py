@@ -26,8 +26,9 @@ RunId = Annotated[str, typer.Argument(metavar="RUN", help="Id of the run, such a
 @app.command("list")
 def list_(as_json: JsonFlag = False) -> None:
     """List all runs, the newest first."""
-    from edgepeft.cli.run_text import STYLES, age_text, progress_text
+    from edgepeft.cli.run_text import STYLES, progress_text
     from edgepeft.runs.state import summarise_runs
+    from edgepeft.units import format_age
 
     found = summarise_runs()
     if as_json:
@@ -44,7 +45,7 @@ def list_(as_json: JsonFlag = False) -> None:
             Text(state.status, style=STYLES[state.status]),
             Text(progress_text(state)),
             Text("–" if state.loss is None else f"{state.loss:.4f}"),
-            Text(age_text(run.made_at)),
+            Text("n/a" if run.made_at is None else format_age(time.time() - run.made_at)),
             Text(state.published or run.adapter_name or "–"),
             Text(run.model or "–"),
         )
@@ -60,10 +61,11 @@ def list_(as_json: JsonFlag = False) -> None:
 @app.command("show")
 def show(run_id: RunId, as_json: JsonFlag = False) -> None:
     """Show one run: its plan, what it does, its last events, and where its files lie."""
-    from edgepeft.cli.run_text import STYLES, age_text, memory_text, plan_lines, sentence
+    from edgepeft.cli.run_text import STYLES, memory_text, plan_lines, sentence
     from edgepeft.runs.launch import log_tail
     from edgepeft.runs.layout import open_run
     from edgepeft.runs.state import RunWatch
+    from edgepeft.units import format_age
 
     run = open_run(run_id)
     plan = run.read_plan()
@@ -92,7 +94,7 @@ def show(run_id: RunId, as_json: JsonFlag = False) -> None:
     if state.message:
         line(f"Reason   {state.message}")
     if state.updated_at is not None:
-        line(f"Last     heard of {age_text(state.updated_at)} ago")
+        line(f"Last     heard of {format_age(time.time() - state.updated_at)} ago")
     if state.peak_bytes is not None:
         line(f"Measured {memory_text(state, plan.memory.peak_bytes)}")
     for text in plan_lines(plan, out.width):

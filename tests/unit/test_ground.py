@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from edgepeft import settings as config
 from edgepeft.errors import BadInput, DiskProblem, DoesNotFit, EdgepeftError, ExitCode, UsageError, error_for_code
 from edgepeft.paths import as_name, atomic_path, builtin_profiles, check_name, home, write_atomic
-from edgepeft.units import GIB, format_bytes, format_count, format_gib, format_seconds, parse_bytes, parse_seconds
+from edgepeft.units import (
+    GIB,
+    format_age,
+    format_bytes,
+    format_count,
+    format_gib,
+    format_seconds,
+    parse_bytes,
+    parse_seconds,
+)
 
 
 @pytest.mark.parametrize(
@@ -62,6 +71,7 @@ def test_numbers_are_written_for_people() -> None:
         "n/a",
     ]
     assert parse_seconds("30min") == 1800
+    assert [format_age(value) for value in (-5, 41, 365, 7800, 273600)] == ["0 s", "41 s", "6 min", "2 h", "3 d"]
 
 
 @pytest.mark.parametrize("name", ["a", "db-triage", "x.1_y", "0" * 64])

@@ -11,7 +11,7 @@ from typing import Literal
 import msgspec
 
 from edgepeft.errors import EdgepeftError
-from edgepeft.units import format_bytes, format_count, format_gib, format_seconds
+from edgepeft.units import format_age, format_bytes, format_count, format_gib, format_seconds
 
 Mark = Literal["running", "done", "trouble", "plain"]
 
@@ -112,7 +112,7 @@ def _runs(now: float) -> list[Row]:
             eta = "" if state.eta_seconds is None else f"  ETA {format_seconds(state.eta_seconds)}"
             text, mark, verb = f"{doing}{loss}{eta}", "running", "attach"
         elif state.status == "finished":
-            age = "" if state.updated_at is None else f" {format_seconds(max(0.0, now - state.updated_at))} ago"
+            age = "" if state.updated_at is None else f" {format_age(now - state.updated_at)} ago"
             held_out = "" if state.eval_loss is None else f"  held out {state.eval_loss:.3f}"
             text, mark, verb = f"finished{age}{held_out}", "done", "show"
         elif state.status == "damaged":
