@@ -103,8 +103,14 @@ def _labelled(label: str, text: str) -> None:
 
     grid = table("", "")
     grid.show_header = False
-    grid.add_row(Text(f"{label:<8}", style="bold"), Text(text.strip() or "(nothing)"))
+    grid.add_row(Text(f"{label:<8}", style="bold"), Text(_shortened(text) or "(nothing)"))
     console.print(Padding(grid, (0, 0, 0, 2)), soft_wrap=False)
+
+
+def _shortened(text: str, limit: int = 320) -> str:
+    """An answer on few lines: an untrained model tends to repeat itself until it is stopped."""
+    flat = " ".join(text.split())
+    return flat if len(flat) <= limit else flat[:limit].rstrip() + " …"
 
 
 def _machine() -> None:

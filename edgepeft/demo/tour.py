@@ -77,6 +77,7 @@ def pinned_options(held_out: Path, seed: int) -> dict[str, Any]:
         "micro_batch_tokens": 1024,
         "learning_rate": 1e-3,
         "eval_data": str(held_out),
+        "eval_every": 0,
         "seed": seed,
     }
 
