@@ -255,6 +255,6 @@ def live_lines(state: RunState, predicted_peak_bytes: int, elapsed_seconds: floa
     figures.append(memory_text(state, predicted_peak_bytes))
     clock = format_seconds(elapsed_seconds)
     figures.append(clock if state.eta_seconds is None else f"{clock}, ETA {format_seconds(state.eta_seconds)}")
-    if state.phase_detail and not training:
+    if state.phase_detail and (not training or state.tokens_per_second is None):
         figures = [state.phase_detail, clock]
     return Group(grid, Text(" · ".join(figures), style="dim", no_wrap=True, overflow="ellipsis"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,9 +28,16 @@ def build_plan(model: str, data: Path | None, overrides: dict[str, Any]) -> Trai
     Raises:
         EdgepeftError: bad options, model or data; `DoesNotFit` when no plan fits the budget.
     """
-    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
     from edgepeft.plan.build import build
+
+    with planning_progress() as tell:
+        return build(model, data, overrides, progress=tell)
+
+
+@contextmanager
+def planning_progress() -> Iterator[Callable[[str, float | None], None]]:
+    """A bar on stderr, and nothing in a pipe; takes (what, share done)."""
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn())
     with Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
@@ -37,7 +46,7 @@ def build_plan(model: str, data: Path | None, overrides: dict[str, Any]) -> Trai
         def tell(what: str, fraction: float | None) -> None:
             bar.update(task, description=what, total=None if fraction is None else 1.0, completed=fraction or 0.0)
 
-        return build(model, data, overrides, progress=tell)
+        yield tell
 
 
 @takes_plan_options

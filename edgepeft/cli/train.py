@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgepeft.cli.output import JsonFlag, interactive, note, stderr
+from edgepeft.cli.output import JsonFlag, note, stderr
 from edgepeft.cli.plan_options import PlanOptions, takes_plan_options
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ def train(
         Path | None, typer.Option("--plan", help="Train a plan that `plan --out` wrote.", show_default=False)
     ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Start it and return.")] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Start without asking.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Train an adapter; Ctrl-C asks whether to stop and save, or to let it run on."""
@@ -47,8 +46,6 @@ def train(
         for text in plan_lines(made, stderr.width):
             warned = text.startswith("Note") or (warned and text.startswith(" "))
             note(text, "yellow" if warned else None)
-        if interactive() and not yes and not typer.confirm("Start?", default=True, err=True):
-            raise typer.Exit(0)
     _run(made, name, detach=detach, as_json=as_json)
 
 
@@ -64,9 +61,7 @@ def _make_plan(model: str | None, data: Path | None, plan_file: Path | None, opt
                 where="train",
                 hint="A plan file says everything; edit it, or leave it out",
             )
-        from edgepeft.plan.files import read_plan_toml
-
-        return read_plan_toml(plan_file)
+        return _read_plan(plan_file)
     if model is None or data is None:
         raise UsageError(
             "MODEL and DATA are missing" if model is None else "DATA is missing",
@@ -74,8 +69,24 @@ def _make_plan(model: str | None, data: Path | None, plan_file: Path | None, opt
             hint="For example: edgepeft train smollm2-135m data.jsonl --name my-adapter",
         )
     from edgepeft.cli.plan import build_plan
+    from edgepeft.runs.launch import check_runs_here
 
-    return build_plan(model, data, options.typed())
+    made = build_plan(model, data, options.typed())
+    check_runs_here(made)
+    return made
+
+
+def _read_plan(plan_file: Path) -> TrainPlan:
+    """The plan of a file; its figures are made anew, since [spec] may have been edited."""
+    from edgepeft.cli.plan import planning_progress
+    from edgepeft.plan.files import read_plan_toml
+    from edgepeft.plan.revise import revise
+    from edgepeft.runs.launch import check_runs_here
+
+    made = read_plan_toml(plan_file)
+    check_runs_here(made)
+    with planning_progress() as tell:
+        return revise(made, where=str(plan_file), progress=tell)
 
 
 def _run(plan: TrainPlan, name: str, *, detach: bool, as_json: bool) -> None:

@@ -166,6 +166,25 @@ def prepare(data: DataRef, model_folder: Path, *, progress: Progress | None = No
     return PreparedData(train=train, held_out=held_out, notes=tuple(notes), format=counts.format, counts=counts)
 
 
+def check_unchanged(data: DataRef) -> list[str]:
+    """Compares the files with the fingerprints that were taken of them; returns what is gone, as sentences.
+
+    A file that is gone is no error here: its tokens may be in the cache, and `prepare` refuses when they are not.
+
+    Raises:
+        BadInput: a file is not the one that was described.
+    """
+    gone: list[str] = []
+    for path, fingerprint in ((data.path, data.fingerprint), (data.eval_path, data.eval_fingerprint)):
+        if path is None or fingerprint is None:
+            continue
+        if not Path(path).is_file():
+            gone.append(f"{path} is gone; its tokens are taken from the cache if they are there")
+        elif fingerprint_file(Path(path)) != fingerprint:
+            raise _changed(path)
+    return gone
+
+
 def fingerprint_file(path: Path) -> str:
     """`sha256:…` of the file's bytes.
 
@@ -212,11 +231,7 @@ def _build(
     from edgepeft.data.token_table import TokenWriter
 
     if fingerprint_file(path) != fingerprint:
-        raise BadInput(
-            "the file has changed since the plan was made",
-            where=str(path),
-            hint="Plan again with the file as it is now",
-        )
+        raise _changed(str(path))
     reader = RecordReader(path, data.format, data.columns)
     stops = frozenset(tokenizer.stop_token_ids(template))
     bad: list[BadRecord] = []
@@ -279,6 +294,14 @@ def _build(
         with_end=totals["with_end"],
         large=tuple(large),
         adapted=dict(adapted),
+    )
+
+
+def _changed(path: str) -> BadInput:
+    return BadInput(
+        "the file has changed since the plan was made",
+        where=path,
+        hint="Put the planned file back, or train anew with the file as it is now",
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from edgepeft.errors import BadInput
 from edgepeft.methods import method_of
 from edgepeft.plan.train_plan import Choice, DataSummary, Origin
 from edgepeft.spec import Recipe, RunSpec
@@ -29,6 +30,47 @@ def steps_of(recipe: Recipe, train_samples: int) -> int:
     return total_steps(train_samples, recipe.samples_per_step, recipe.epochs, recipe.max_steps)
 
 
+def check_samples_left(data: DataSummary, recipe: Recipe) -> None:
+    """Refuses a length limit that leaves nothing to train on.
+
+    Raises:
+        BadInput: no sample is left.
+    """
+    if not data.train_samples:
+        raise BadInput(
+            f"no sample is left with trained tokens among at most {recipe.max_seq_len:,}",
+            where=recipe.data.path,
+            hint="Raise max-seq-len, or let longer samples be truncated",
+        )
+
+
+def shown_values(spec: RunSpec) -> dict[str, str]:
+    """What a plan decides, by option name, as people write it."""
+    recipe, layout, config = spec.recipe, spec.layout, spec.recipe.method
+    return {
+        "precision": recipe.precision,
+        "compute-dtype": recipe.compute_dtype,
+        "max-seq-len": f"{recipe.max_seq_len:,}",
+        "overlong": recipe.overlong,
+        "rank": str(config.rank),
+        "alpha": f"{config.alpha:g}",
+        "targets": ", ".join(config.targets),
+        "dropout": f"{config.dropout:g}",
+        "micro-batch-tokens": f"{layout.micro_batch_tokens:,}",
+        "checkpointing": layout.checkpointing,
+        "loss-chunk-tokens": str(layout.loss_chunk_tokens),
+        "samples-per-step": str(recipe.samples_per_step),
+        "epochs": f"{recipe.epochs:g}",
+        "max-steps": "none" if recipe.max_steps is None else str(recipe.max_steps),
+        "learning-rate": f"{recipe.optimizer.learning_rate:.2g}",
+        "weight-decay": f"{recipe.optimizer.weight_decay:g}",
+        "schedule": recipe.schedule.name,
+        "warmup": format_share(recipe.schedule.warmup_fraction, digits=0),
+        "eval-every": str(spec.upkeep.eval_every_steps),
+        "seed": str(recipe.seed),
+    }
+
+
 def describe(search: Search, chosen: Candidate, spec: RunSpec, data: DataSummary | None) -> tuple[Choice, ...]:
     """Every choice of the plan in the order in which it is shown.
 
@@ -41,8 +83,10 @@ def describe(search: Search, chosen: Candidate, spec: RunSpec, data: DataSummary
     preset, pins, recipe = search.request.preset, search.pins, spec.recipe
     given = search.request.given
     found = [Choice(name, given[name].value, given[name].origin, given[name].why) for name in given]
+    values = shown_values(spec)
 
-    def add(what: str, value: str, why: str, origin: Origin = "auto") -> None:
+    def add(what: str, why: str, origin: Origin = "auto") -> None:
+        value = values[what]
         if what.replace("-", "_") not in pins:
             found.append(Choice(what, value, origin, why))
         elif what == "max-seq-len" and pins["max_seq_len"] > chosen.max_seq_len:
@@ -50,43 +94,41 @@ def describe(search: Search, chosen: Candidate, spec: RunSpec, data: DataSummary
         else:
             found.append(Choice(what, value, "user", _TYPED))
 
-    add("precision", recipe.precision, _precision_why(search, chosen))
-    add("compute-dtype", recipe.compute_dtype, search.request.device.compute_why)
-    add("max-seq-len", f"{recipe.max_seq_len:,}", _length_why(search, chosen, data), "auto" if data else "preset")
-    add("overlong", recipe.overlong, _overlong_why(data))
+    add("precision", _precision_why(search, chosen))
+    add("compute-dtype", search.request.device.compute_why)
+    add("max-seq-len", _length_why(search, chosen, data), "auto" if data else "preset")
+    add("overlong", _overlong_why(data))
     config = recipe.method
     parameters = method_of(config).count_parameters(config, search.shape)
     share = format_share(parameters / search.shape.parameters, digits=2)
     trains = f"{format_count(parameters)} parameters, {share} of the base"
     add(
         "rank",
-        str(config.rank),
         f"{_rank_why(search, chosen)}; {trains}",
         "preset" if config.rank == search.ranks[0] else "auto",
     )
-    add("alpha", f"{config.alpha:g}", "twice the rank")
-    add("targets", ", ".join(config.targets), preset.targets.description, "preset")
-    add("dropout", f"{config.dropout:g}", preset.dropout.description, "preset")
-    add("micro-batch-tokens", f"{spec.layout.micro_batch_tokens:,}", _micro_batch_why(search, chosen))
-    add("checkpointing", spec.layout.checkpointing, _checkpointing_why(search, chosen))
-    add("loss-chunk-tokens", str(spec.layout.loss_chunk_tokens), _chunk_why(search))
-    add("samples-per-step", str(recipe.samples_per_step), *_samples_why(search, recipe))
-    add("epochs", f"{recipe.epochs:g}", *_epochs_why(search, recipe))
+    add("alpha", "twice the rank")
+    add("targets", preset.targets.description, "preset")
+    add("dropout", preset.dropout.description, "preset")
+    add("micro-batch-tokens", _micro_batch_why(search, chosen))
+    add("checkpointing", _checkpointing_why(search, chosen))
+    add("loss-chunk-tokens", _chunk_why(search))
+    add("samples-per-step", *_samples_why(search, recipe))
+    add("epochs", *_epochs_why(search, recipe))
     if recipe.max_steps is not None:
-        add("max-steps", str(recipe.max_steps), preset.max_steps.description, "preset")
-    add("learning-rate", f"{recipe.optimizer.learning_rate:.2g}", _rate_why(search))
-    add("weight-decay", f"{recipe.optimizer.weight_decay:g}", preset.weight_decay.description, "preset")
-    add("schedule", recipe.schedule.name, preset.schedule.description, "preset")
-    add("warmup", format_share(recipe.schedule.warmup_fraction, digits=0), preset.warmup_fraction.description, "preset")
+        add("max-steps", preset.max_steps.description, "preset")
+    add("learning-rate", _rate_why(search))
+    add("weight-decay", preset.weight_decay.description, "preset")
+    add("schedule", preset.schedule.description, "preset")
+    add("warmup", preset.warmup_fraction.description, "preset")
     if data is not None and data.eval_samples:
         every = spec.upkeep.eval_every_steps
         add(
             "eval-every",
-            str(every),
             preset.evaluations.description if every else "at the end only",
             "preset",
         )
-    add("seed", str(recipe.seed), "of order, dropout and start")
+    add("seed", "of order, dropout and start")
     return tuple(found)
 
 

@@ -135,7 +135,7 @@ class Search:
     def _possible_ranks(self) -> tuple[int, ...]:
         if "rank" in self.pins:
             return (self.pins["rank"],)
-        smallest = min(min(linear.in_features, linear.out_features) for linear in self.shape.linears)
+        smallest = min(min(linear.in_features, linear.out_features) for linear in self.shape.adaptable)
         ranks = tuple(rank for rank in self.request.preset.ranks.value if rank <= smallest)
         return ranks or (smallest,)
 
@@ -404,15 +404,18 @@ def make_plan(request: PlanRequest) -> TrainPlan:
 
     Raises:
         UsageError: an option cannot be meant, or does not suit the model.
+        BadInput: a length limit leaves no sample.
         DoesNotFit: no plan fits; the message says by how much and what would help.
     """
-    from edgepeft.plan.reasons import describe, notes_of, steps_of
+    from edgepeft.plan.reasons import check_samples_left, describe, notes_of, steps_of
 
     search = Search(request)
     chosen = search.choose()
     spec = search.spec(chosen)
     lengths = request.lengths
     data = None if lengths is None else lengths.summary(chosen.max_seq_len, spec.recipe.overlong)
+    if data is not None:
+        check_samples_left(data, spec.recipe)
     steps = 0 if data is None else steps_of(spec.recipe, data.train_samples)
     evaluations = request.preset.evaluations.value
     every = search.pins.get("eval_every")

@@ -15,6 +15,7 @@ import msgspec
 from edgepeft.errors import BadInput, DeviceUnusable, DiskProblem, error_for_code
 from edgepeft.library.store import check_same_base
 from edgepeft.paths import check_name, disk_errors, home, write_atomic
+from edgepeft.plan.revise import check_fits
 from edgepeft.plan.train_plan import TrainPlan
 from edgepeft.processes import start_worker
 from edgepeft.runs.control import clear_request, request
@@ -39,11 +40,13 @@ def launch(plan: TrainPlan, name: str) -> RunFolder:
         BadInput: `name` is an adapter over another base, the plan names no data or data that is gone, or the worker
             refused the plan at once.
         DeviceUnusable: the plan is for a card that is not in this machine.
+        DoesNotFit: it needs more than its budget.
         DiskProblem: too little space for the adapter and its checkpoints, or no permission.
     """
     check_name(name)
     check_runs_here(plan)
     check_same_base(name, plan.spec.recipe.base.fingerprint)
+    check_fits(plan)
     check_free_disk(plan)
     run = create_run(plan, name)
     try:

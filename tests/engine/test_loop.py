@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from edgepeft.data.prepare import prepare
+from edgepeft.data.prepare import describe_data, prepare
 from edgepeft.data.schedule import step_samples
 from edgepeft.engine.methods import attach, set_active
 from edgepeft.engine.model.load import load_model
@@ -36,6 +36,7 @@ from edgepeft.runs.events import (
     Finished,
     MemoryMeasured,
     OutOfMemoryHit,
+    PhaseChanged,
     Recovered,
     Started,
     StepDone,
@@ -43,7 +44,7 @@ from edgepeft.runs.events import (
 )
 from edgepeft.runs.layout import RunFolder
 from edgepeft.spec import Layout, Optimizer, Schedule
-from training_runs import of_type, tiny_base, tiny_plan, tiny_run, train
+from training_runs import of_type, tiny_base, tiny_plan, tiny_run, train, write_data
 
 LAYOUT = Layout(micro_batch_tokens=160, loss_chunk_tokens=16)
 
@@ -384,6 +385,39 @@ def test_a_changed_recipe_is_refused_on_resume(tmp_path: Path, base: ModelEntry)
     run.plan_file.write_text(run.plan_file.read_text().replace('"seed": 3', '"seed": 4'))
     with pytest.raises(BadInput, match="differs in seed"):
         train(run)
+
+
+def test_changed_data_is_refused_though_its_tokens_are_cached(tmp_path: Path, base: ModelEntry) -> None:
+    run = tiny_run(tmp_path, base)
+    train_until(run, 2)
+    data = tmp_path / "data.jsonl"
+    content = data.read_text()
+    data.write_text(content + content)
+    with pytest.raises(BadInput, match=r"data\.jsonl: the file has changed"):
+        train(run)
+    data.unlink()
+    events = train(run)
+    assert any("is gone" in warning.message for warning in of_type(events, Warned))
+    assert of_type(events, Finished)
+
+
+def test_a_changed_held_out_file_is_refused(tmp_path: Path, base: ModelEntry) -> None:
+    held_out = write_data(tmp_path / "held-out.jsonl", 5)
+    data = describe_data(write_data(tmp_path / "data.jsonl"), eval_path=held_out)
+    run = tiny_run(tmp_path, base, data=data)
+    held_out.write_text(held_out.read_text() * 2)
+    with pytest.raises(BadInput, match=r"held-out\.jsonl: the file has changed"):
+        train(run)
+
+
+def test_life_is_shown_before_the_first_step(tmp_path: Path, base: ModelEntry, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop, "_LIFE_SECONDS", 0.0)
+    events = train(tiny_run(tmp_path, base, micro_batch_tokens=1))
+    first = next(index for index, event in enumerate(events) if isinstance(event, StepDone))
+    told = [event.detail for event in of_type(events[:first], PhaseChanged)]
+    assert "trying the model on a few tokens" in told
+    assert "first step, micro-batch 2" in told
+    assert not any("micro-batch" in event.detail for event in of_type(events[first:], PhaseChanged))
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "constant"])

@@ -36,7 +36,7 @@ def test_plan_train_chat_and_eval_need_no_network(tiny_model: Path, alpaca_file:
     planned = _cut_off("plan", str(tiny_model), str(alpaca_file), "--json")
     assert planned.returncode == 0, planned.stderr
     assert json.loads(planned.stdout)["steps"] > 0
-    trained = _cut_off("train", str(tiny_model), str(alpaca_file), "--name", "offline", "--max-steps", "3", "--yes")
+    trained = _cut_off("train", str(tiny_model), str(alpaca_file), "--name", "offline", "--max-steps", "3")
     assert trained.returncode == 0, trained.stderr
     said = _cut_off("chat", "--adapter", "offline", "--prompt", "Repeat the number 3.", "--max-new-tokens", "8")
     assert said.returncode == 0, said.stderr

@@ -11,12 +11,13 @@ import msgspec
 import pytest
 from typer.testing import CliRunner
 
-from edgepeft.cli.app import app
+from edgepeft.cli.app import app, run
 from edgepeft.cli.plan_options import PlanOptions
 from edgepeft.errors import BadInput, DoesNotFit, UsageError
 from edgepeft.plan.build import build, parse_map
 from edgepeft.plan.explain import explain, phase_bar
 from edgepeft.plan.files import read_plan_toml, write_plan_toml
+from edgepeft.plan.revise import revise
 from edgepeft.plan.train_plan import TrainPlan
 
 
@@ -36,6 +37,98 @@ def test_an_edited_value_is_read(plan, tmp_path):
     write_plan_toml(plan, path)
     path.write_text(path.read_text().replace("seed = 0", "seed = 7"))
     assert read_plan_toml(path).spec.recipe.seed == 7
+
+
+def edited(plan, path, **values) -> Path:
+    write_plan_toml(plan, path)
+    lines = path.read_text().splitlines()
+    for key, value in values.items():
+        place = next(index for index, line in enumerate(lines) if line.startswith(f"{key} = "))
+        lines[place] = f"{key} = {value}"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def test_an_untouched_file_is_the_plan_it_was(plan, tmp_path):
+    assert revise(read_plan_toml(edited(plan, tmp_path / "p.toml")), where="p.toml") == plan
+
+
+def test_an_edited_spec_is_counted_again(plan, tiny_model, alpaca_file, tmp_path):
+    path = edited(plan, tmp_path / "p.toml", rank=8, samples_per_step=2)
+    revised = revise(read_plan_toml(path), where="p.toml")
+    layout = plan.spec.layout
+    meant = {
+        "rank": 8,
+        "alpha": plan.spec.recipe.method.alpha,
+        "samples_per_step": 2,
+        "epochs": plan.spec.recipe.epochs,
+        "micro_batch_tokens": layout.micro_batch_tokens,
+        "checkpointing": layout.checkpointing,
+        "loss_chunk_tokens": layout.loss_chunk_tokens,
+    }
+    planned = build(str(tiny_model), alpaca_file, {"gpu": "cpu", "budget": "1GiB"} | meant)
+    assert (revised.memory, revised.steps, revised.data) == (planned.memory, planned.steps, planned.data)
+    assert revised.memory.peak_bytes != plan.memory.peak_bytes
+    assert revised.steps > plan.steps
+    marked = {choice.what: choice for choice in revised.choices}
+    assert (marked["rank"].value, marked["rank"].origin) == ("8", "user")
+    assert "edited" in marked["rank"].why
+    assert marked["precision"] in plan.choices
+    assert any("edited" in note for note in revised.notes)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("max_seq_len", 100_000),
+        ("max_seq_len", 1),
+        ("samples_per_step", 0),
+        ("micro_batch_tokens", -5),
+        ("epochs", "nan"),
+        ("learning_rate", 0.0),
+        ("eval_fraction", 1.5),
+        ("rank", 1000),
+        ("keep_checkpoints", 0),
+    ],
+)
+def test_an_edit_that_cannot_be_meant_is_named(plan, tmp_path, key, value):
+    with pytest.raises(BadInput, match=rf"p\.toml, .*{key}"):
+        revise(read_plan_toml(edited(plan, tmp_path / "p.toml", **{key: value})), where="p.toml")
+
+
+def test_an_edit_beyond_the_budget_does_not_fit(plan, tmp_path):
+    path = edited(plan, tmp_path / "p.toml", budget_bytes=100_000)
+    with pytest.raises(DoesNotFit, match="more than the budget"):
+        revise(read_plan_toml(path), where="p.toml")
+
+
+def test_a_plan_over_data_that_changed_is_refused(plan, alpaca_file):
+    alpaca_file.write_text(alpaca_file.read_text() * 2)
+    with pytest.raises(BadInput, match=r"alpaca\.jsonl: the file has changed"):
+        revise(plan, where="p.toml")
+
+
+def test_a_length_that_leaves_no_sample_is_told(tiny_model, alpaca_file):
+    with pytest.raises(BadInput, match="no sample is left"):
+        build(str(tiny_model), alpaca_file, {"gpu": "cpu", "max_seq_len": 3})
+
+
+@pytest.mark.parametrize(
+    ("data", "gpu", "code", "told"),
+    [(False, "cpu", 3, "without data"), (True, "rtx-4090-24gb", 6, "not in this machine")],
+)
+def test_a_plan_that_cannot_run_here_is_refused_in_one_line(
+    tiny_model, alpaca_file, tmp_path, capfd, data, gpu, code, told
+):
+    made = build(str(tiny_model), alpaca_file if data else None, {"gpu": gpu, "max_seq_len": 64})
+    write_plan_toml(made, tmp_path / "p.toml")
+    with pytest.raises(SystemExit) as ended:
+        run(["train", "--plan", str(tmp_path / "p.toml"), "--name", "elsewhere"])
+    out, err = capfd.readouterr()
+    assert ended.value.code == code
+    assert out == ""
+    assert told in err
+    assert len(err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(

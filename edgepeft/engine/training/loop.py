@@ -16,7 +16,7 @@ import msgspec
 import torch
 from accelerate import Accelerator
 
-from edgepeft.data.prepare import PreparedData, prepare
+from edgepeft.data.prepare import PreparedData, check_unchanged, prepare
 from edgepeft.data.schedule import step_samples, total_steps
 from edgepeft.engine.methods import attach, set_active
 from edgepeft.engine.model.load import LoadedModel, load_model
@@ -58,6 +58,8 @@ from edgepeft.spec import Recipe
 Emit = Callable[[Event], None]
 
 _RECENT_STEPS = 20
+_LIFE_SECONDS = 2.0
+"""Time between signs of life during the first step of a process."""
 _FRESH_STEPS = 2
 """Steps of a process in which gradients and optimizer state come into being; all of their memory is measured."""
 
@@ -107,6 +109,8 @@ def _find_base(recipe: Recipe) -> ModelEntry:
 
 def _prepare_data(recipe: Recipe, entry: ModelEntry, emit: Emit) -> PreparedData:
     emit(PhaseChanged(name="data", detail=Path(recipe.data.path).name))
+    for gone in check_unchanged(recipe.data):
+        emit(Warned(message=gone))
     told = [time.monotonic()]
 
     def progress(done: int, total: int) -> None:
@@ -174,11 +178,17 @@ class Training:
         self.gauge = MemoryGauge(loaded.device)
         self._finite = FiniteWatch()
         self._runner = StepRunner(
-            loaded, self._recipe, backward=self._backward, gauge=self.gauge, before_micro_batch=requests.poll
+            loaded,
+            self._recipe,
+            backward=self._backward,
+            gauge=self.gauge,
+            before_micro_batch=self._before_micro_batch,
         )
         self._saved_at = time.monotonic()
         self._saved_step = -1
         self._seconds_smoothed: float | None = None
+        self._micro_batches = 0
+        self._told_at = 0.0
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes on where `checkpoint` was written."""
@@ -193,6 +203,7 @@ class Training:
 
     def execute(self) -> None:
         """Runs the steps that are left, evaluates, and saves; when asked to stop, saves what there is."""
+        self.emit(PhaseChanged(name="load", detail="trying the model on a few tokens"))
         with self.gauge.watch():
             self._runner.check()
         self._measured("load")
@@ -211,7 +222,8 @@ class Training:
         self.emit(finish_run(self, stopped=stopped))
 
     def _run_steps(self) -> None:
-        self.emit(PhaseChanged(name="train"))
+        self.emit(PhaseChanged(name="train", detail="the first step takes longest"))
+        self._told_at = time.monotonic()
         first = self.position.step
         while self.position.step < self.steps:
             self._requests.poll()
@@ -358,6 +370,14 @@ class Training:
         )
         if self.gauge.peak_bytes > peak_before:
             self._measured("evaluation")
+
+    def _before_micro_batch(self) -> None:
+        """Obeys requests; before there is a step to tell of, says that something happens."""
+        self._requests.poll()
+        self._micro_batches += 1
+        if self._seconds_smoothed is None and time.monotonic() - self._told_at > _LIFE_SECONDS:
+            self._told_at = time.monotonic()
+            self.emit(PhaseChanged(name="train", detail=f"first step, micro-batch {self._micro_batches}"))
 
     def _checkpoint_is_due(self) -> bool:
         if self._requests.checkpoint_wanted:

@@ -1,0 +1,153 @@
+"""A plan file that was edited, or comes from another day: its figures are made anew from its [spec]."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from edgepeft.errors import BadInput, DoesNotFit, UsageError
+from edgepeft.memory.estimate import estimate_training
+from edgepeft.plan.lengths import SampleLengths
+from edgepeft.plan.reasons import check_samples_left, shown_values, steps_of
+from edgepeft.plan.train_plan import Choice, TrainPlan
+from edgepeft.spec import RunSpec
+from edgepeft.units import format_bytes
+
+Progress = Callable[[str, float | None], None]
+
+
+def revise(plan: TrainPlan, *, where: str, progress: Progress | None = None) -> TrainPlan:
+    """The plan with memory, steps and data counted again; what was edited is marked `user`.
+
+    Args:
+        plan: as it stands in the file.
+        where: the file, for messages.
+        progress: told while the data is tokenized.
+
+    Raises:
+        BadInput: the model or the data are not those of the plan, or a value of its spec is not possible.
+        DoesNotFit: it needs more than its budget.
+    """
+    from edgepeft.data.prepare import check_unchanged, prepare
+    from edgepeft.models.store import ensure_model
+
+    spec = plan.spec
+    recipe = spec.recipe
+    check_values(spec, where)
+    entry = ensure_model(recipe.base.model, progress)
+    if entry.fingerprint != recipe.base.fingerprint:
+        raise BadInput(
+            f"model {entry.name} in the store is not the one that was planned with",
+            where=where,
+            hint="Add the model of the plan under this name, or plan anew",
+        )
+    if recipe.max_seq_len > entry.shape.context_length:
+        raise BadInput(
+            f"{entry.name} was made for {entry.shape.context_length:,} tokens, not {recipe.max_seq_len:,}",
+            where=f"{where}, spec.recipe.max_seq_len",
+            hint="Lower it",
+        )
+    check_unchanged(recipe.data)
+
+    def tell(done: int, total: int) -> None:
+        if progress is not None:
+            progress("tokenizing", done / total if total else None)
+
+    prepared = prepare(recipe.data, Path(entry.folder), progress=tell)
+    lengths = SampleLengths(prepared.train, prepared.held_out)
+    try:
+        memory = estimate_training(
+            spec,
+            entry.shape,
+            longest_sample=min(recipe.max_seq_len, max(lengths.longest, lengths.longest_held_out)),
+            device_kind="cpu" if spec.device == "cpu" else "cuda",
+            step_tokens=lengths.step_tokens(recipe.samples_per_step, recipe.max_seq_len),
+        )
+    except UsageError as error:
+        raise BadInput(error.what, where=f"{where}, {error.where}", hint=error.hint) from error
+    data = lengths.summary(recipe.max_seq_len, recipe.overlong)
+    check_samples_left(data, recipe)
+    steps = steps_of(recipe, data.train_samples)
+    revised = msgspec.structs.replace(plan, choices=_marked(plan.choices, spec), memory=memory, steps=steps, data=data)
+    if (memory.peak_bytes, steps) != (plan.memory.peak_bytes, plan.steps):
+        changed = (
+            f"[spec] was edited since it was planned: {format_bytes(memory.peak_bytes)} and {steps:,} steps are "
+            f"predicted now, not {format_bytes(plan.memory.peak_bytes)} and {plan.steps:,}."
+        )
+        # Speed and runner-ups were those of the plan as it was.
+        revised = msgspec.structs.replace(revised, seconds=None, alternatives=(), notes=(*plan.notes, changed))
+    check_fits(revised, where=where)
+    return revised
+
+
+def check_fits(plan: TrainPlan, *, where: str = "plan") -> None:
+    """Refuses a plan that needs more than its budget.
+
+    Raises:
+        DoesNotFit: by how much.
+    """
+    budget, peak = plan.spec.budget_bytes, plan.memory.peak
+    if budget is not None and peak.total_bytes > budget:
+        raise DoesNotFit(
+            f"{format_bytes(peak.total_bytes)} are needed ({peak.name}), {format_bytes(peak.total_bytes - budget)} "
+            f"more than the budget of {format_bytes(budget)}",
+            where=where,
+            hint="Lower rank, max_seq_len or micro_batch_tokens, or plan anew without them",
+        )
+
+
+def check_values(spec: RunSpec, where: str) -> None:
+    """Refuses what the types allow and no run can mean.
+
+    Raises:
+        BadInput: naming the key.
+    """
+    recipe, layout, upkeep = spec.recipe, spec.layout, spec.upkeep
+    least: tuple[tuple[str, float | None, float], ...] = (
+        ("recipe.max_seq_len", recipe.max_seq_len, 2),
+        ("recipe.samples_per_step", recipe.samples_per_step, 1),
+        ("recipe.max_steps", recipe.max_steps, 1),
+        ("recipe.seed", recipe.seed, 0),
+        ("recipe.optimizer.weight_decay", recipe.optimizer.weight_decay, 0),
+        ("recipe.optimizer.max_grad_norm", recipe.optimizer.max_grad_norm, 0),
+        ("layout.micro_batch_tokens", layout.micro_batch_tokens, 1),
+        ("layout.loss_chunk_tokens", layout.loss_chunk_tokens, 1),
+        ("upkeep.eval_every_steps", upkeep.eval_every_steps, 0),
+        ("upkeep.eval_max_samples", upkeep.eval_max_samples, 0),
+        ("upkeep.checkpoint_seconds", upkeep.checkpoint_seconds, 0),
+        ("upkeep.checkpoint_steps", upkeep.checkpoint_steps, 0),
+        ("upkeep.keep_checkpoints", upkeep.keep_checkpoints, 1),
+        ("budget_bytes", spec.budget_bytes, 1),
+    )
+    for key, value, low in least:
+        if value is not None and not (math.isfinite(value) and value >= low):
+            raise BadInput(f"{value} is not possible", where=f"{where}, spec.{key}", hint=f"Give at least {low:g}")
+    for key, value in (
+        ("recipe.epochs", recipe.epochs),
+        ("recipe.optimizer.learning_rate", recipe.optimizer.learning_rate),
+    ):
+        if not (math.isfinite(value) and value > 0):
+            raise BadInput(f"{value} is not possible", where=f"{where}, spec.{key}", hint="Give a number above 0")
+    shares = {
+        "recipe.data.eval_fraction": recipe.data.eval_fraction,
+        "recipe.schedule.warmup_fraction": recipe.schedule.warmup_fraction,
+        "recipe.schedule.final_fraction": recipe.schedule.final_fraction,
+        "recipe.optimizer.beta1": recipe.optimizer.beta1,
+        "recipe.optimizer.beta2": recipe.optimizer.beta2,
+    }
+    for key, value in shares.items():
+        if not 0 <= value < 1:
+            raise BadInput(f"{value} is not a share", where=f"{where}, spec.{key}", hint="Give 0 to below 1")
+
+
+def _marked(choices: tuple[Choice, ...], spec: RunSpec) -> tuple[Choice, ...]:
+    values = shown_values(spec)
+    return tuple(
+        choice
+        if choice.what not in values or choice.value == values[choice.what]
+        else Choice(choice.what, values[choice.what], "user", "edited in the plan file")
+        for choice in choices
+    )
