@@ -61,11 +61,11 @@ def targeted(config: LoraConfig, shape: ModelShape) -> tuple[LinearShape, ...]:
     for target in config.targets:
         matches = [
             linear
-            for linear in shape.linears
+            for linear in shape.adaptable
             if target == "all-linear" or linear.name == target or linear.name.endswith(f".{target}")
         ]
         if not matches:
-            known = ", ".join(sorted({linear.name.rsplit(".", 1)[-1] for linear in shape.linears}))
+            known = ", ".join(sorted({linear.name.rsplit(".", 1)[-1] for linear in shape.adaptable}))
             raise UsageError(
                 f"target {target!r} matches no linear layer of this model", where="targets", hint=f"It has: {known}"
             )
@@ -77,7 +77,7 @@ def targeted(config: LoraConfig, shape: ModelShape) -> tuple[LinearShape, ...]:
             where="rank",
             hint=f"Use at most {smallest}",
         )
-    return tuple(linear for linear in shape.linears if linear in chosen)
+    return tuple(linear for linear in shape.adaptable if linear in chosen)
 
 
 def count_parameters(config: LoraConfig, shape: ModelShape) -> int:

@@ -64,6 +64,12 @@ class ModelShape(msgspec.Struct, frozen=True):
     """Attention window in tokens of the layers that have one."""
 
     @property
+    def adaptable(self) -> tuple[LinearShape, ...]:
+        """The linears that an adapter may be put on; a single row, such as Qwen2-MoE's `shared_expert_gate`, is a
+        switch between experts and stays as it is."""
+        return tuple(linear for linear in self.linears if min(linear.in_features, linear.out_features) > 1)
+
+    @property
     def linear_parameters_per_layer(self) -> int:
         """Weights of one layer's linear modules, without biases: what quantization packs."""
         return sum(linear.in_features * linear.out_features for linear in self.linears)

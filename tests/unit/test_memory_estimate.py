@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edgepeft.errors import UsageError
 from edgepeft.memory.chat import estimate_chat, kv_cache_bytes
 from edgepeft.memory.estimate import CUDA_CONTEXT_BYTES, estimate_training
 from edgepeft.memory.weights import base_bytes, matrix_bytes
 from edgepeft.methods import LoraConfig, method_of
+from edgepeft.models.shape import LinearShape
 from edgepeft.units import GIB
 from shapes import LLAMA_8B, SMOLLM2, llama_shape, run_spec
 
@@ -126,6 +128,16 @@ def test_more_never_costs_less(rank, tokens, longest, layers, chunk, precision, 
 def test_fewer_bits_are_smaller(better, leaner):
     held = {name: sum(base_bytes(LLAMA_8B, name, "bf16").values()) for name in (better, leaner)}
     assert held[leaner] < held[better]
+
+
+def test_a_single_row_gets_no_adapter():
+    gate = LinearShape("mlp.shared_expert_gate", SMOLLM2.hidden, 1)
+    shape = msgspec.structs.replace(SMOLLM2, linears=(*SMOLLM2.linears, gate))
+    config = LoraConfig(rank=16)
+    assert method_of(config).targeted(config, shape) == SMOLLM2.linears
+    assert method_of(config).count_parameters(config, shape) == method_of(config).count_parameters(config, SMOLLM2)
+    with pytest.raises(UsageError, match="matches no linear"):
+        method_of(config).targeted(LoraConfig(targets=("shared_expert_gate",)), shape)
 
 
 def test_chat_counts_the_cache():

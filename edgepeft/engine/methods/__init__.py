@@ -75,7 +75,8 @@ def attach(loaded: LoadedModel, name: str, config: MethodConfig, seed: int) -> A
     linears = loaded.linears()
     kind = ENGINE_METHODS[str(config.__struct_config__.tag)]
     updates: dict[str, LoraUpdate] = {}
-    for path in resolve_targets(config.targets, linears):
+    adaptable = {path: linear for path, linear in linears.items() if min(linear.weight_source.shape) > 1}
+    for path in resolve_targets(config.targets, adaptable):
         shape = linears[path].weight_source.shape
         if config.rank > min(shape):
             raise UsageError(
