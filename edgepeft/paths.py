@@ -19,6 +19,8 @@ import msgspec
 from edgepeft.errors import DiskProblem, UsageError
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_RESERVED = re.compile(r"(?:con|prn|aux|nul|com[0-9]|lpt[0-9])(?:\..*)?")
+"""Devices of Windows, whatever ending follows: a folder of that name cannot be made or copied there."""
 
 
 class Home(msgspec.Struct, frozen=True):
@@ -76,8 +78,12 @@ def check_name(name: str, *, where: str = "--name") -> str:
     """Returns `name` when it can name a model, an adapter or a run.
 
     Raises:
-        UsageError: it does not match `[a-z0-9][a-z0-9._-]{0,63}`.
+        UsageError: it does not match `[a-z0-9][a-z0-9._-]{0,63}`, ends in a dot, or is a device of Windows.
     """
+    if _RESERVED.fullmatch(name):
+        raise UsageError(f"{name!r} is a reserved word of Windows", where=where, hint=f"Use for example my-{name}")
+    if name.endswith("."):
+        raise UsageError(f"{name!r} ends in a dot, which Windows drops", where=where, hint="Leave the dot out")
     if not _NAME.fullmatch(name):
         raise UsageError(
             f"{name!r} cannot be used as a name",
@@ -89,8 +95,8 @@ def check_name(name: str, *, where: str = "--name") -> str:
 
 def as_name(text: str) -> str:
     """The nearest valid name to `text`, for defaults: `Llama-3.2 1B` becomes `llama-3.2-1b`."""
-    name = re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._")[:64]
-    return name or "model"
+    name = re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._")[:64].rstrip("-._")
+    return f"my-{name}" if _RESERVED.fullmatch(name) else name or "model"
 
 
 @contextmanager

@@ -79,10 +79,22 @@ def test_good_names_pass(name: str) -> None:
     assert check_name(name) == name
 
 
-@pytest.mark.parametrize("name", ["", "../x", "A", "-a", ".hidden", "a/b", "0" * 65, "ä", "a b", "a\n"])
+@pytest.mark.parametrize(
+    "name",
+    ["", "../x", "A", "-a", ".hidden", "a/b", "0" * 65, "ä", "a b", "a\n", "con", "nul.txt", "com1", "lpt9.x", "ends."],
+)
 def test_bad_names_are_refused(name: str) -> None:
     with pytest.raises(UsageError):
         check_name(name)
+
+
+@pytest.mark.parametrize("name", ["console", "nul-1", "com", "aux_2", "prn1"])
+def test_words_that_begin_like_a_device_are_names(name: str) -> None:
+    assert check_name(name) == name
+
+
+def test_a_device_of_windows_becomes_a_name() -> None:
+    assert as_name("NUL") == "my-nul"
 
 
 @given(st.text(max_size=100))
