@@ -36,7 +36,8 @@ class EdgepeftError(Exception):
     exit_code: ClassVar[ExitCode] = ExitCode.BAD_INPUT
 
     def __init__(self, what: str, *, where: str = "", hint: str = "") -> None:
-        self.what = what
+        # What a library said may come with a full stop of its own.
+        self.what = what.rstrip(". ")
         self.where = where
         self.hint = hint
         super().__init__(str(self))

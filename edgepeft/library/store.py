@@ -290,7 +290,7 @@ def check_base(adapter: AdapterFolder, entry: ModelEntry) -> list[str]:
     and the caller is warned that this proves only the shape.
 
     Raises:
-        BadInput: it was trained on another base.
+        BadInput: it was trained on another base, or is of a kind that is not known here.
     """
     if adapter.card is not None:
         if adapter.card.base_fingerprint == entry.fingerprint:
@@ -300,6 +300,13 @@ def check_base(adapter: AdapterFolder, entry: ModelEntry) -> list[str]:
             f"not on {entry.name} ({_short(entry.fingerprint)})",
             where=adapter.reference,
             hint=f"Use it with {adapter.card.base}",
+        )
+    kind = adapter.config["peft_type"]
+    if kind != "LORA":
+        raise BadInput(
+            f"is a PEFT adapter of the type {kind}, and only LORA can be used here",
+            where=adapter.reference,
+            hint="Merge it into its base with PEFT, then add the merged model",
         )
     mismatch = shape_mismatch(read_header(adapter.weights), adapter.config, entry.shape)
     claimed = adapter.config.get("base_model_name_or_path") or "a base that it does not name"

@@ -207,6 +207,8 @@ def only_pickle(folder: Path) -> None:
         (change_config(modules_to_save=["lm_head"]), "modules_to_save"),
         (change_config(r="many"), "must be numbers"),
         (change_config(lora_alpha=0), "alpha of 0"),
+        (change_config(rank_pattern={"(": 3}), "rank_pattern must give a number"),
+        (change_config(alpha_pattern=[8]), "alpha_pattern must give a number"),
         (lambda folder: (folder / "adapter_config.json").write_text("[]"), "no JSON object"),
         (lambda folder: (folder / "adapter_config.json").write_text('{"r": '), "cannot be read as JSON"),
         (lambda folder: (folder / "adapter_config.json").unlink(), "no adapter is here"),

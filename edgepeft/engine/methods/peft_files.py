@@ -104,6 +104,7 @@ def read_adapter(folder: Path, loaded: LoadedModel, name: str) -> AttachedAdapte
     linears = loaded.linears()
     modules = _by_module(_read_tensors(folder), linears, str(folder / WEIGHTS_FILE))
     config = _lora_config(settings, modules, str(folder / CONFIG_FILE))
+    _check_patterns(settings, str(folder / CONFIG_FILE))
     _check_targets(settings, modules, linears, folder)
     updates: dict[str, LoraUpdate] = {}
     for path in (path for path in linears if path in modules):
@@ -245,3 +246,19 @@ def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: float) -
         if re.match(rf"(.*\.)?({pattern})$", path):
             return float(value)
     return default
+
+
+def _check_patterns(settings: Mapping[str, Any], where: str) -> None:
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = settings.get(key) or {}
+        try:
+            sound = isinstance(patterns, dict) and all(
+                isinstance(value, int | float) and value > 0 and re.compile(pattern)
+                for pattern, value in patterns.items()
+            )
+        except re.error:
+            sound = False
+        if not sound:
+            raise BadInput(
+                f"{key} must give a number above 0 for each module pattern", where=where, hint="Save the adapter anew"
+            )

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import time
+import traceback
 from typing import BinaryIO
 
 import msgspec
@@ -34,6 +35,13 @@ def main(arguments: list[str] | None = None) -> int:
     except BrokenPipeError:
         # The front end is gone, and nobody is left to answer.
         return ExitCode.DONE
+    except Exception as error:  # noqa: BLE001 - the last line of defence: the front end must hear of a bug of ours
+        traceback.print_exc()
+        what = f"internal error in the inference process: {type(error).__name__}: {error}"
+        _send(replies, Trouble(id=0, message=what, exit_code=ExitCode.BUG))
+        sys.stderr.flush()
+        # The thread that reads stdin would abort an orderly exit.
+        os._exit(ExitCode.BUG)
     return ExitCode.DONE
 
 
