@@ -11,7 +11,6 @@ from edgepeft.cli.output import JsonFlag
 
 if TYPE_CHECKING:
     from edgepeft.chat.evaluation import Evaluation
-    from edgepeft.chat.setup import Setup
 
 
 def evaluate(
@@ -101,17 +100,18 @@ def evaluate(
             }
         )
         return
-    _show(setup, data, result)
+    who = " + ".join(chosen.label for chosen in setup.adapters) or "the base alone"
+    show(who, f"{setup.entry.name} in {setup.precision}", data.name, result)
 
 
-def _show(setup: Setup, data: Path, result: Evaluation) -> None:
+def show(who: str, base: str, data: str, result: Evaluation) -> None:
+    """Prints the table of an evaluation."""
     import math
 
     from edgepeft.cli.output import console, line, note, row, table
     from edgepeft.units import format_seconds, format_share
 
-    who = " + ".join(chosen.label for chosen in setup.adapters) or "the base alone"
-    line(f"{who} on {setup.entry.name} in {setup.precision}, {result.records} records of {data.name}", "bold")
+    line(f"{who} on {base}, {result.records} records of {data}", "bold")
     grid = table("measure", "value", "over", right=("value",))
     if result.loss is not None:
         shown = f"{result.loss:.4f}"
@@ -131,7 +131,8 @@ def _show(setup: Setup, data: Path, result: Evaluation) -> None:
     console.print(grid)
     for text in result.notes:
         note(f"Note: {text}")
-    note(f"{format_seconds(result.seconds)}; answers at {result.answer_tokens_per_second:.0f} tokens/s")
+    speed = f"; answers at {result.answer_tokens_per_second:.0f} tokens/s" if result.answer_tokens else ""
+    note(f"{format_seconds(result.seconds)}{speed}")
 
 
 def _parse_columns(pairs: list[str]) -> dict[str, str] | None:

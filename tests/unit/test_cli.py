@@ -105,3 +105,25 @@ def test_config_is_set_shown_and_refused(capsys: pytest.CaptureFixture[str], mon
     assert _run(capsys, monkeypatch, "config", "set", "budget", "20GiB")[0] == 0
     assert json.loads(_run(capsys, monkeypatch, "config", "show", "--json")[1])["budget"] == "20GiB"
     assert _run(capsys, monkeypatch, "config", "set", "nonsense", "1")[0] == ExitCode.USAGE
+
+
+@pytest.mark.parametrize(("tokens", "told"), [(0, False), (50, True)])
+def test_no_speed_of_answers_is_told_when_none_were_given(
+    tokens: int, told: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from edgepeft.chat.evaluation import Evaluation
+    from edgepeft.cli.evaluate import show
+
+    result = Evaluation(
+        records=2,
+        loss=1.5,
+        trained_tokens=10,
+        scores=None,
+        rows=(),
+        notes=(),
+        seconds=3.0,
+        answer_tokens=tokens,
+        answer_tokens_per_second=tokens / 2,
+    )
+    show("the base alone", "tiny in bf16", "text.jsonl", result)
+    assert ("tokens/s" in capfd.readouterr().err) is told
