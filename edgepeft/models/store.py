@@ -18,7 +18,7 @@ import msgspec
 
 from edgepeft.errors import BadInput, DiskProblem
 from edgepeft.models.conversion import Progress, convert
-from edgepeft.models.embedded import EMBEDDED, EMBEDDED_LICENCE, embedded_gguf
+from edgepeft.models.embedded import ADVISED_SAMPLING, EMBEDDED, EMBEDDED_LICENCE, embedded_gguf
 from edgepeft.models.fingerprint import fingerprint_files
 from edgepeft.models.gguf_header import check_convertible
 from edgepeft.models.quantized import StoredAs
@@ -271,6 +271,8 @@ def _add_gguf(file: Path, name: str, kind: Kind, progress: Progress | None, *, f
         _require_space(home().models, min(_BF16_FROM_GGUF * file.stat().st_size, 3 * file.stat().st_size))
         with _work_folder(chosen) as work:
             converted = convert("gguf", file, work, progress)
+            if kind == "embedded":
+                _advise_sampling(work)
             contents = inspect_folder(work)
             entry = ModelEntry(
                 name=chosen,
@@ -288,6 +290,12 @@ def _add_gguf(file: Path, name: str, kind: Kind, progress: Progress | None, *, f
             )
             _publish(work, entry)
     return entry
+
+
+def _advise_sampling(folder: Path) -> None:
+    path = folder / "generation_config.json"
+    advised = msgspec.json.decode(path.read_bytes()) | ADVISED_SAMPLING
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(advised), indent=2) + b"\n")
 
 
 def _template_notes(folder: Path) -> tuple[str, ...]:
