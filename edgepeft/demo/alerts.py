@@ -13,7 +13,8 @@ from pathlib import Path
 
 import msgspec
 
-from edgepeft.demo.wordings import APPLICATIONS, FRAMES, IMPACTS, SYSTEMS, Cause, System
+from edgepeft.demo.impacts import IMPACTS
+from edgepeft.demo.wordings import APPLICATIONS, FRAMES, SYSTEMS, Cause, System
 from edgepeft.paths import write_atomic
 
 TRAIN_ALERTS = 360

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from edgepeft.demo.alerts import HELD_OUT_ALERTS, TRAIN_ALERTS, generate, write_data
-from edgepeft.demo.wordings import FRAMES, IMPACTS, SYSTEMS, System
+from edgepeft.demo.impacts import IMPACTS
+from edgepeft.demo.wordings import FRAMES, SYSTEMS, System
 
 
 @pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
