@@ -162,7 +162,7 @@ def _torch_problems(host: HostSnapshot, gpus: Sequence[GpuSnapshot], packages: P
 def _pip_torch(host: HostSnapshot) -> str:
     # PyPI's wheels hold CUDA on Linux; those for Windows are for the CPU.
     if host.system.startswith("Windows"):
-        return "pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu130"
+        return "the pip command for Windows and CUDA that pytorch.org/get-started shows"
     return "pip install --force-reinstall --no-cache-dir torch"
 
 

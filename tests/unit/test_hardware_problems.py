@@ -42,7 +42,7 @@ def test_cpu_only_torch_beside_a_card() -> None:
 def test_on_windows_pip_needs_the_wheels_with_cuda_by_name() -> None:
     windows = replace(HOST, system="Windows 11", machine="AMD64")
     problem = only(find_problems(windows, [CARD], replace(PACKAGES, torch_cuda=None)))
-    assert "cu130" in problem.alternative
+    assert "pytorch.org/get-started" in problem.alternative
 
 
 @pytest.mark.parametrize(
