@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -90,18 +90,22 @@ def run(arguments: list[str]) -> None:
     """Runs one command line and exits with the code that its outcome has."""
     try:
         code = app(args=arguments, standalone_mode=False)
+        sys.stdout.flush()
     except EdgepeftError as error:
         _fail(str(error), error, error.exit_code)
     except typer.Abort:
         sys.exit(ExitCode.INTERRUPTED)
     except typer.TyperException as error:
-        _fail(f"{error} Add --help to see what there is.", error, ExitCode.USAGE)
+        _fail(f"{str(error).rstrip('. ')}. Add --help to see what there is.", error, ExitCode.USAGE)
     except KeyboardInterrupt:
         sys.exit(ExitCode.INTERRUPTED)
     except BrokenPipeError:
-        # The reader of a pipe went away; there is nobody left to tell.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(ExitCode.DONE)
+        _leave_closed_pipe()
+    except SystemExit as leaving:
+        # Typer turns a closed pipe into code 1 by itself.
+        if isinstance(leaving.__context__, BrokenPipeError):
+            _leave_closed_pipe()
+        raise
     except Exception as error:  # noqa: BLE001 - the last line of defence: a bug of ours is told in one line too
         _fail(
             f"internal error: {type(error).__name__}: {error}. Run it again with --debug for the traceback.",
@@ -109,6 +113,12 @@ def run(arguments: list[str]) -> None:
             ExitCode.BUG,
         )
     sys.exit(code if isinstance(code, int) else ExitCode.DONE)
+
+
+def _leave_closed_pipe() -> NoReturn:
+    """The reader of a pipe went away: there is nobody left to tell."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno() if sys.__stdout__ else 1)
+    sys.exit(ExitCode.DONE)
 
 
 def _fail(message: str, error: Exception, code: ExitCode) -> None:

@@ -38,11 +38,15 @@ def show(as_json: JsonFlag = False) -> None:
 def set_(
     key: Annotated[str, typer.Argument(help="Setting to change.")],
     value: Annotated[str, typer.Argument(help="New value; empty removes the setting.")],
+    as_json: JsonFlag = False,
 ) -> None:
     """Change one setting in config.toml."""
     from edgepeft.settings import store_setting
 
     store_setting(key, value or None)
+    if as_json:
+        print_json({key: value or None})
+        return
     line(f"{key} = {value}" if value else f"{key} removed")
 
 
@@ -68,7 +72,7 @@ def cache_show(as_json: JsonFlag = False) -> None:
 
 
 @cache_app.command("clear")
-def cache_clear() -> None:
+def cache_clear(as_json: JsonFlag = False) -> None:
     """Delete the cache; it is made again when needed."""
     import shutil
 
@@ -78,4 +82,7 @@ def cache_clear() -> None:
     with disk_errors(cache):
         if cache.is_dir():
             shutil.rmtree(cache)
-    line(f"Cleared {cache}")
+    if as_json:
+        print_json({"cleared": str(cache)})
+    else:
+        line(f"Cleared {cache}")

@@ -38,7 +38,9 @@ def list_(as_json: JsonFlag = False) -> None:
 
 
 @app.command("show")
-def show(name: Annotated[str, typer.Argument(help="Method id, as `methods list` shows it.")]) -> None:
+def show(
+    name: Annotated[str, typer.Argument(help="Method id, as `methods list` shows it.")], as_json: JsonFlag = False
+) -> None:
     """Explain one method and its options."""
     import inspect
 
@@ -47,4 +49,8 @@ def show(name: Annotated[str, typer.Argument(help="Method id, as `methods list` 
 
     if name not in METHODS:
         raise UsageError(f"unknown method {name!r}", where="methods", hint="Known: " + ", ".join(METHODS))
-    line(inspect.getdoc(METHODS[name]) or name)
+    text = inspect.getdoc(METHODS[name]) or name
+    if as_json:
+        print_json({"id": name, "text": text})
+    else:
+        line(text)

@@ -13,7 +13,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-console = Console(highlight=False, soft_wrap=True)
+
+class PipeConsole(Console):
+    """A console that leaves a closed pipe to the command line's own handler; rich would end with code 1."""
+
+    def on_broken_pipe(self) -> None:
+        """Called by rich while it handles the error; `edgepeft … | head` is no failure."""
+        raise BrokenPipeError
+
+
+console = PipeConsole(highlight=False, soft_wrap=True)
 """For people: stdout."""
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 """Progress, notes and errors."""

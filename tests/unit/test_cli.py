@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 
 import pytest
@@ -127,3 +128,37 @@ def test_no_speed_of_answers_is_told_when_none_were_given(
     )
     show("the base alone", "tiny in bf16", "text.jsonl", result)
     assert ("tokens/s" in capfd.readouterr().err) is told
+
+
+@pytest.mark.parametrize("arguments", [["profiles", "list", "gpus"], ["profiles", "list", "gpus", "--json"]])
+def test_a_closed_pipe_is_no_failure(arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "edgepeft", *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    told = process.stderr.read()
+    process.stderr.close()
+    assert (process.wait(30), told) == (0, b"")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["config", "set", "budget", "3GiB"], {"budget": "3GiB"}),
+        (["config", "show"], None),
+        (["cache", "show"], None),
+        (["cache", "clear"], None),
+        (["methods", "list"], None),
+        (["methods", "show", "lora"], None),
+        (["where"], None),
+        (["runs", "list"], []),
+    ],
+)
+def test_json_is_all_there_is_on_stdout(
+    arguments: list[str], told: object, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, out, _ = _run(capsys, monkeypatch, *arguments, "--json")
+    assert code == 0
+    assert told is None or json.loads(out) == told
+    assert json.loads(out) is not None
