@@ -121,6 +121,12 @@ def disk_errors(path: Path) -> Iterator[None]:
                 where=str(path),
                 hint="Check the medium, or set EDGEPEFT_HOME to another disk",
             ) from error
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST) and not path.parent.is_dir():
+            raise DiskProblem(
+                "this folder cannot be made",
+                where=str(path.parent),
+                hint="Set EDGEPEFT_HOME to a folder on a disk that is there",
+            ) from error
         raise
 
 

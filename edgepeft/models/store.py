@@ -239,7 +239,12 @@ def _add_folder(source: Path, name: str | None, copy: bool, progress: Progress |
         ):
             return existing
         with _work_folder(chosen) as work:
-            notes = contents.notes + copy_small_files(contents, work, progress) + _template_notes(work)
+            try:
+                notes = contents.notes + copy_small_files(contents, work, progress) + _template_notes(work)
+            except BadInput as error:
+                # The folder that the user knows is named, not our copy of its small files.
+                where = error.where.replace(str(work), str(source))
+                raise BadInput(error.what, where=where, hint=error.hint) from error
             if kind == "copy":
                 _copy_weights(contents, work, progress)
             entry = ModelEntry(

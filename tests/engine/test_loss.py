@@ -122,6 +122,8 @@ def test_head_is_read_from_the_config(kind: str, extra: dict[str, Any]) -> None:
     check_head(model, hidden, head, logits)
     with pytest.raises(BadInput, match="output head"):
         check_head(model, hidden, head._replace(scale=head.scale * 1.5), logits)
+    with pytest.raises(BadInput, match="not finite"):
+        check_head(model, hidden, head, logits * float("nan"))
 
 
 def test_a_head_that_gives_nan_is_refused() -> None:

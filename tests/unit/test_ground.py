@@ -110,6 +110,12 @@ def test_home_follows_the_environment(edgepeft_home: Path, monkeypatch: pytest.M
     assert (builtin_profiles() / "gpus").is_dir()
 
 
+def test_a_home_below_a_file_is_a_disk_problem(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DiskProblem, match="cannot be made"):
+        write_atomic(tmp_path / "file" / "folder" / "x", b"")
+
+
 def _write_half(path: Path) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text("new")

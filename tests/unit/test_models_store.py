@@ -210,6 +210,7 @@ def test_unusable_folders_say_why_and_leave_nothing(tiny_model: Path, damage: An
     with pytest.raises(BadInput, match=message) as caught:
         add_model(tiny_model)
     assert caught.value.hint
+    assert ".partial" not in str(caught.value)
     assert not _leftovers()
 
 

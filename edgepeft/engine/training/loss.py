@@ -8,6 +8,7 @@ loss are float32.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -71,6 +72,11 @@ def check_head(model: nn.Module, hidden: Tensor, head: Head, logits: Tensor) -> 
     theirs = logits.float()
     worst = (ours - theirs).abs().max().item()
     spread = theirs.abs().max().item()
+    if not math.isfinite(spread):
+        raise BadInput(
+            "the base model computes values that are not finite numbers",
+            hint="Its weights are damaged, or --compute-dtype is too narrow for it; try --compute-dtype fp32",
+        )
     exact = hidden.dtype == torch.float32
     if not worst <= spread * (1e-4 if exact else 0.05) + 1e-6:
         raise BadInput(
