@@ -187,11 +187,13 @@ def choose_prompting(
                 "the base's chat template is not the one that the adapter was trained with; the trained one is used"
             )
     else:
-        own = _own_template(folder) if fall_back else ChatTemplate.load(folder)
-        if own is None:
-            own, name = _built_in(folder, tokenizer)
-            warnings.append(f"{entry.name} has no chat template; using the built-in one called {name}")
-        used = own
+        try:
+            used = ChatTemplate.load(folder)
+        except BadInput as error:
+            if not fall_back:
+                raise
+            used, name = _built_in(folder, tokenizer)
+            warnings.append(f"{entry.name}: {error.what}; using the built-in one called {name}")
     stops = dict.fromkeys([*(trained.stop_token_ids if trained else ()), *tokenizer.stop_token_ids(used)])
     system = card.recipe.data.system if card else None
     return Prompting(tokenizer, used, tuple(stops), system, tuple(warnings))

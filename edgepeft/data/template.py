@@ -216,7 +216,9 @@ class ChatTemplate:
                 self._compiled[text] = compile_template(text, self._strftime_now)
             except jinja2.TemplateSyntaxError as error:
                 raise BadInput(
-                    f"the chat template is not valid Jinja: {error.message}", where=f"{self.name}, line {error.lineno}"
+                    f"the chat template is not valid Jinja: {error.message}",
+                    where=f"chat template {self.name!r}, line {error.lineno}",
+                    hint="Correct it, or use another with --template FILE or --template chatml",
                 ) from error
         return self._compiled[text]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import msgspec
 
@@ -14,6 +14,7 @@ from edgepeft.plan.device import PlanDevice, check_budget, find_device
 from edgepeft.plan.lengths import SampleLengths
 from edgepeft.plan.search import Given, PlanRequest, make_plan
 from edgepeft.plan.train_plan import Origin, TrainPlan
+from edgepeft.spec import TrainOn
 from edgepeft.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def _read(
         "template": reading.get("template"),
     }
     if "train_on" in reading:
-        options["train_on"] = reading["train_on"]
+        options["train_on"] = _train_on(reading["train_on"])
     if "eval_data" in reading:
         options["eval_path"] = Path(reading["eval_data"])
     if "eval_fraction" in reading:
@@ -135,6 +136,13 @@ def parse_map(pairs: list[str]) -> dict[str, str]:
             raise UsageError(f"cannot read {pair!r}", where="--map", hint="Write FIELD=COLUMN, such as prompt=question")
         columns[field] = column
     return columns
+
+
+def _train_on(value: str) -> str:
+    known = get_args(TrainOn)
+    if value not in known:
+        raise UsageError(f"unknown value {value!r}", where="--train-on", hint="Known: " + ", ".join(known))
+    return value
 
 
 def _fraction(value: float) -> float:

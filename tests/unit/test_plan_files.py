@@ -217,6 +217,11 @@ def test_budget_too_small(tiny_model, alpaca_file):
         build(str(tiny_model), alpaca_file, {"gpu": "cpu", "budget": "100kB"})
 
 
+def test_what_is_trained_on_is_a_known_word(tiny_model, alpaca_file):
+    with pytest.raises(UsageError, match="--train-on"):
+        build(str(tiny_model), alpaca_file, {"gpu": "cpu", "train_on": "answers"})
+
+
 def test_map_pairs():
     assert parse_map(["prompt=question", " a = b "]) == {"prompt": "question", "a": "b"}
     with pytest.raises(UsageError, match="--map"):
