@@ -125,7 +125,7 @@ def disk_errors(path: Path) -> Iterator[None]:
             raise DiskProblem(
                 "this folder cannot be made",
                 where=str(path.parent),
-                hint="Set EDGEPEFT_HOME to a folder on a disk that is there",
+                hint="Check the path, and EDGEPEFT_HOME where it is set",
             ) from error
         raise
 
