@@ -122,6 +122,17 @@ def test_nothing_held_is_an_alias(precision: Any) -> None:
     assert torch.equal(weight.materialize(torch.empty(64, 64)), before)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", [(1, 96), (1, 1, 96), (96,)])
+def test_one_row_in_16_bit_is_the_same_product(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    values = matrix((48, 96), dtype, 1)
+    weight = DenseWeight(values, Workspace(CPU, dtype))
+    x = matrix((1, 96), dtype, 2).view(shape)
+    found = weight.matmul(x)
+    assert found.shape == (*shape[:-1], 48)
+    torch.testing.assert_close(found.float(), F.linear(x.float(), values.float()), rtol=1e-2, atol=5e-2)
+
+
 def test_out_of_another_shape_or_layout_is_refused() -> None:
     weight = freeze(matrix((8, 64)), "nf4", "fp32", CPU)
     with pytest.raises(ValueError, match="contiguous"):

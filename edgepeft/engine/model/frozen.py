@@ -100,7 +100,11 @@ class DenseWeight:
 
     def matmul(self, x: Tensor) -> Tensor:
         """`x @ W.T`."""
-        return F.linear(x, self._in_compute_dtype())
+        values = self._in_compute_dtype()
+        if x.device.type == "cpu" and x.element_size() == 2 and x.numel() == x.shape[-1]:
+            # One row in 16 bit: torch's matrix-vector product reads the weights faster than its matrix product.
+            return torch.mv(values, x.reshape(-1)).view(*x.shape[:-1], -1)
+        return F.linear(x, values)
 
     def matmul_transposed(self, g: Tensor) -> Tensor:
         """`g @ W`."""
@@ -292,7 +296,8 @@ class Int8Weight:
         """Dequantizes into `out`, the product rounded once from float32."""
         _check_out(self.shape, out)
         scale = (self.absmax / 127.0).unsqueeze(1)
-        for rows in _row_chunks(*self.shape):
+        # Chunks are for the CPU's caches and its cast; on a card they would only be launches.
+        for rows in _row_chunks(*self.shape) if out.device.type == "cpu" else [slice(None)]:
             torch.mul(self.codes[rows], scale[rows], out=out[rows])
         return out
 
