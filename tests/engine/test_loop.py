@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -25,6 +27,7 @@ from edgepeft.engine.training.memory import LiveBytes, MemoryGauge
 from edgepeft.engine.training.optimizer import FiniteWatch, learning_rate_at
 from edgepeft.engine.training.recovery import is_out_of_memory, smaller_layout
 from edgepeft.engine.training.step import StepRunner
+from edgepeft.engine.training.stopping import StopRun
 from edgepeft.errors import BadInput, EdgepeftError, OutOfMemory
 from edgepeft.library.store import resolve_adapter
 from edgepeft.methods import LoraConfig
@@ -293,7 +296,15 @@ def allocator_error() -> Exception:
     return RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory")
 
 
-@pytest.mark.parametrize("error", [allocator_error, lambda: torch.OutOfMemoryError("CUDA out of memory.")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        allocator_error,
+        MemoryError,
+        lambda: torch.OutOfMemoryError("CUDA out of memory."),
+        lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
 def test_out_of_memory_redoes_the_same_step(
     tmp_path: Path, base: ModelEntry, monkeypatch: pytest.MonkeyPatch, error: Callable[[], Exception]
 ) -> None:
@@ -369,6 +380,74 @@ def test_five_bad_steps_end_the_run_with_a_diagnosis(
     watch = FiniteWatch()
     assert [watch.accepts(loss, 1.0) for loss in (math.nan, math.nan, 1.0, math.inf)] == [False, False, True, False]
     assert watch.in_a_row == 1
+
+
+def test_an_fp16_scaler_may_overflow_until_its_scale_is_used_up() -> None:
+    watch = FiniteWatch()
+    for scale in (65536.0, 32768.0, 16384.0, 8192.0, 4096.0, 2048.0):
+        assert not watch.accepts(1.0, math.inf, scale)
+    assert watch.in_a_row == 0
+    assert watch.accepts(1.0, 1.0, 1024.0)
+    for _ in range(4):
+        watch.accepts(1.0, math.inf, 1.0)
+    with pytest.raises(EdgepeftError, match="gradient was not finite in 5"):
+        watch.accepts(1.0, math.inf, 1.0)
+
+
+def test_a_step_without_anything_to_learn_changes_nothing(
+    tmp_path: Path, base: ModelEntry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loop, "read_samples", lambda table, indices: [])
+    events = train(tiny_run(tmp_path, base, max_steps=2))
+    assert [(done.trained_tokens, done.grad_norm) for done in of_type(events, StepDone)] == [(0, 0.0), (0, 0.0)]
+    assert of_type(events, Finished)[0].train_loss is None
+
+
+def test_a_token_without_embedding_is_refused_by_line(
+    tmp_path: Path, base: ModelEntry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def beyond(table: Any, indices: Any) -> Any:
+        return [sample._replace(ids=sample.ids + 200) for sample in read_samples(table, indices)]
+
+    monkeypatch.setattr(loop, "read_samples", beyond)
+    with pytest.raises(BadInput, match=r"line \d+ has token \d+, and the model has 260 embeddings"):
+        train(tiny_run(tmp_path, base))
+
+
+def test_stopped_in_the_last_evaluation_it_is_made_up_for(
+    tmp_path: Path, base: ModelEntry, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tiny_run(tmp_path, base, eval_every_steps=4)
+    real = StepRunner.evaluate
+    calls = 0
+
+    def second_is_stopped(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise StopRun
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StepRunner, "evaluate", second_is_stopped)
+        assert of_type(train(run), Finished)[0].stopped
+    events = train(run)
+    assert [found.step for found in of_type(events, Evaluated)] == [6]
+    (finished,) = of_type(events, Finished)
+    assert finished.published == "tiny@v1"
+    assert finished.eval_loss == of_type(events, Evaluated)[0].loss
+
+
+def test_a_kill_behind_publishing_makes_no_second_version(tmp_path: Path, base: ModelEntry) -> None:
+    run = tiny_run(tmp_path, base)
+    first = of_type(train(run), Finished)[0]
+    # The process died before its last event could be written: it is resumed from the last checkpoint.
+    assert of_type(train(run), Finished)[0].published == first.published == "tiny@v1"
+    # Once the run is removed, the next of this name has its id, and is another one.
+    shutil.rmtree(run.path)
+    other = tiny_run(tmp_path, base, max_steps=3)
+    assert other.id == run.id
+    assert of_type(train(other), Finished)[0].published == "tiny@v2"
 
 
 def test_another_base_is_refused(tmp_path: Path, base: ModelEntry) -> None:
@@ -451,9 +530,13 @@ def test_live_bytes_count_what_lives() -> None:
 def test_checkpointing_saves_memory(tmp_path: Path, base: ModelEntry) -> None:
     setup = Setup(tmp_path, base)
     peaks = []
+    # What earlier tests left behind is not the run's.
+    gc.collect()
+    with LiveBytes(torch.device("cpu")) as counter:
+        held = counter.live_bytes - setup.loaded.bytes_by_category()["frozen weights"]
     for mode in ("none", "layer"):
         setup.gauge.peak_bytes = 0
         setup.gauge.forget_sizes()
         setup.gradients(Layout(micro_batch_tokens=10**6, checkpointing=mode, loss_chunk_tokens=8))  # type: ignore[arg-type]
-        peaks.append(setup.gauge.peak_bytes)
+        peaks.append(setup.gauge.peak_bytes - held)
     assert peaks[1] < 0.8 * peaks[0]

@@ -119,7 +119,7 @@ def read_adapter(folder: Path, loaded: LoadedModel, name: str) -> AttachedAdapte
             where=str(folder / WEIGHTS_FILE),
         )
         A, B = (
-            nn.Parameter(tensors[tensor].to(loaded.device, torch.float32))
+            nn.Parameter(tensors[tensor].to(loaded.device, torch.float32, copy=True))
             for tensor in ("lora_A.weight", "lora_B.weight")
         )
         factor = alpha / (math.sqrt(rank) if config.rank_stabilised else rank)

@@ -158,11 +158,14 @@ AttentionMaskInterface.register(PACKED, _no_dense_mask)
 
 
 def _has_varlen(query: Tensor) -> bool:
-    """Whether the flash kernel for packed rows takes these: 16 bit, Ampere or newer, heads of at most 256 entries."""
+    """Whether the flash kernel for packed rows takes these: 16 bit, Ampere or newer, heads of a width that it knows."""
+    width = query.shape[-1]
     return (
         query.device.type == "cuda"
         and query.dtype in (torch.bfloat16, torch.float16)
-        and query.shape[-1] <= 256
+        # Its backward for 193 to 224 entries is missing on consumer cards.
+        and (width <= 192 or 224 < width <= 256)
+        and width % 8 == 0
         and torch.version.hip is None
         and torch.cuda.get_device_capability(query.device) >= (8, 0)
     )

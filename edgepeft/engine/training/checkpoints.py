@@ -46,6 +46,8 @@ class RunPosition(msgspec.Struct, frozen=True):
     """Of the last steps, oldest first."""
     best_eval_loss: float | None = None
     last_eval_loss: float | None = None
+    last_eval_step: int = -1
+    """Step after which that was measured."""
     peak_bytes: int = 0
     """Highest memory measured so far."""
     not_finite_in_a_row: int = 0
@@ -194,7 +196,8 @@ def restore_optimizer(
     for name, tensor in tensors.items():
         owner, _, key = name.rpartition("/")
         parameter = parameters[owner]
-        optimizer.state[parameter][key] = tensor.to(parameter.device)
+        # A copy: tensors read from a file are maps of it, and the file is removed while the run goes on.
+        optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
 
 
 def _folders(root: Path) -> Iterator[tuple[int, Path]]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from accelerate import Accelerator
 
 from edgepeft.data.prepare import PreparedData, check_unchanged, prepare
 from edgepeft.data.schedule import step_samples, total_steps
+from edgepeft.data.token_table import TokenTable
 from edgepeft.engine.methods import attach, set_active
 from edgepeft.engine.model.load import LoadedModel, load_model
-from edgepeft.engine.training.batches import read_samples
+from edgepeft.engine.training.batches import Sample, read_samples
 from edgepeft.engine.training.checkpoints import (
     Checkpoint,
     RunPosition,
@@ -212,7 +213,7 @@ class Training:
             self._run_steps()
             if self.position.step != self._saved_step:
                 self._save_checkpoint()
-            if self.position.last_eval_loss is None or self._upkeep.eval_every_steps == 0:
+            if self.position.last_eval_step != self.position.step:
                 self._evaluate()
         except StopRun:
             stopped = True
@@ -233,7 +234,7 @@ class Training:
                 # Optimizer state exists only from here on: earlier figures may not stand in for later ones.
                 self.gauge.forget_sizes()
             every = self._upkeep.eval_every_steps
-            if every and (self.position.step % every == 0 or self.position.step == self.steps):
+            if every and self.position.step % every == 0 and self.position.step < self.steps:
                 self._evaluate()
                 self.emit(PhaseChanged(name="train"))
             if self._checkpoint_is_due():
@@ -247,10 +248,13 @@ class Training:
         indices = step_samples(len(self._train), self._recipe.samples_per_step, step, self._recipe.seed)
         begun = time.perf_counter()
         peak_before = self.gauge.peak_bytes
-        sums = self._gradients(read_samples(self._train, indices), watch_all=watch_all)
+        sums = self._gradients(self._read(self._train, indices), watch_all=watch_all)
         loss = sums.loss / max(1, sums.trained_tokens)
         grad_norm = self._clip()
-        if self._finite.accepts(loss, grad_norm):
+        if not sums.trained_tokens:
+            # Truncated to their first token, samples teach nothing; a gradient scaler refuses a step without gradients.
+            recent = self.position.recent_losses
+        elif self._finite.accepts(loss, grad_norm, self._scaler.get_scale() if self._scaler is not None else 1.0):
             self._optimizer.step()
             recent = (*self.position.recent_losses, loss)[-_RECENT_STEPS:]
         else:
@@ -333,10 +337,10 @@ class Training:
 
     def _clip(self) -> float:
         """Scales the gradients down to the recipe's norm; returns the norm before."""
-        self._accelerator.unscale_gradients(self._optimizer)
         gradients = [parameter.grad for parameter in self._parameters.values() if parameter.grad is not None]
         if not gradients:
             return 0.0
+        self._accelerator.unscale_gradients(self._optimizer)
         norm = torch.nn.utils.get_total_norm(gradients, foreach=True)
         limit = self._recipe.optimizer.max_grad_norm
         found = float(norm)
@@ -350,14 +354,17 @@ class Training:
             return
         self.emit(PhaseChanged(name="evaluate"))
         peak_before = self.gauge.peak_bytes
-        sums = self._runner.evaluate(read_samples(self._held_out, range(count)), self.position.layout)
+        sums = self._runner.evaluate(self._read(self._held_out, range(count)), self.position.layout)
         if not sums.trained_tokens:
             return
         loss = sums.loss / sums.trained_tokens
         best = self.position.best_eval_loss
         improved = math.isfinite(loss) and (best is None or loss < best)
         self.position = msgspec.structs.replace(
-            self.position, last_eval_loss=loss, best_eval_loss=loss if improved else best
+            self.position,
+            last_eval_loss=loss,
+            last_eval_step=self.position.step,
+            best_eval_loss=loss if improved else best,
         )
         self.emit(
             Evaluated(
@@ -378,6 +385,19 @@ class Training:
         if self._seconds_smoothed is None and time.monotonic() - self._told_at > _LIFE_SECONDS:
             self._told_at = time.monotonic()
             self.emit(PhaseChanged(name="train", detail=f"first step, micro-batch {self._micro_batches}"))
+
+    def _read(self, table: TokenTable, indices: Sequence[int]) -> list[Sample]:
+        """The samples at `indices`; a token without an embedding, which on a card ends the process, is refused."""
+        samples = read_samples(table, indices)
+        rows = self.loaded.shape.vocab
+        for sample in samples:
+            if (largest := max(int(sample.ids.max()), int(sample.targets.max()))) >= rows:
+                raise BadInput(
+                    f"line {table.line(sample.number)} has token {largest}, and the model has {rows} embeddings",
+                    where=self._recipe.data.path,
+                    hint="Use the tokenizer that belongs to the model's weights",
+                )
+        return samples
 
     def _checkpoint_is_due(self) -> bool:
         if self._requests.checkpoint_wanted:

@@ -49,8 +49,14 @@ class FiniteWatch:
     def __init__(self) -> None:
         self.in_a_row = 0
 
-    def accepts(self, loss: float, grad_norm: float) -> bool:
+    def accepts(self, loss: float, grad_norm: float, loss_scale: float = 1.0) -> bool:
         """Whether the step may change the parameters.
+
+        Args:
+            loss: of the step.
+            grad_norm: of its gradients, the scale taken out.
+            loss_scale: what an fp16 scaler multiplied the loss with. It begins high on purpose and is halved by each
+                overflow, so a gradient that overflowed above 1 says nothing about the run.
 
         Raises:
             EdgepeftError: it is the fifth bad one in a row.
@@ -58,6 +64,8 @@ class FiniteWatch:
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.in_a_row = 0
             return True
+        if math.isfinite(loss) and loss_scale > 1:
+            return False
         self.in_a_row += 1
         if self.in_a_row >= PATIENCE_STEPS:
             what = "loss" if not math.isfinite(loss) else "gradient"

@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 
 from edgepeft.data.prepare import load_template
 from edgepeft.data.tokens import Tokenizer
-from edgepeft.engine.methods.peft_files import save_adapter
+from edgepeft.engine.methods.peft_files import WEIGHTS_FILE, save_adapter
 from edgepeft.engine.training.device import package_versions
 from edgepeft.library.card import Card, TemplateRecord
 from edgepeft.library.store import list_adapters, next_version, publish, write_card
 from edgepeft.models.store import ModelEntry
 from edgepeft.runs.events import Finished
+from edgepeft.runs.layout import RunFolder
 from edgepeft.spec import DataRef
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ def finish_run(training: Training, *, stopped: bool) -> Finished:
     write_card(run.adapter, card)
     published = ""
     if not stopped and plan.adapter_name:
-        published = _published_before(run.id, plan.adapter_name) or publish(run.adapter, plan.adapter_name, card)
+        published = _published_before(run, plan.adapter_name) or publish(run.adapter, plan.adapter_name, card)
     return Finished(
         step=position.step,
         adapter=run.adapter.relative_to(run.path).as_posix(),
@@ -50,10 +51,16 @@ def finish_run(training: Training, *, stopped: bool) -> Finished:
     )
 
 
-def _published_before(run: str, name: str) -> str | None:
-    """The version that an earlier process of this run published just before it died."""
+def _published_before(run: RunFolder, name: str) -> str | None:
+    """The version that an earlier process of this run published just before it died.
+
+    The id alone does not tell: once a run is removed, the next one of its name gets the same.
+    """
+    weights = (run.adapter / WEIGHTS_FILE).read_bytes()
     for adapter in list_adapters():
-        if adapter.name == name and adapter.card is not None and adapter.card.run == run:
+        if adapter.name != name or adapter.card is None or adapter.card.run != run.id:
+            continue
+        if adapter.weights.read_bytes() == weights:
             return adapter.reference
     return None
 

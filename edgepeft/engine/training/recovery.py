@@ -10,16 +10,21 @@ import torch
 from edgepeft.spec import Layout
 
 _SMALLEST_CHUNK = 16
+_SIGNS = (
+    "DefaultCPUAllocator",
+    "not enough memory",
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether `error` says that memory ran out: CUDA's own error, or the plain RuntimeError of the CPU allocator."""
+    """Whether `error` says that memory ran out: CUDA's own error, or a plain RuntimeError of an allocator."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error)
-    return isinstance(error, RuntimeError) and (
-        "DefaultCPUAllocator" in text or "not enough memory" in text or "CUDA out of memory" in text
-    )
+    return isinstance(error, RuntimeError) and any(sign in text for sign in _SIGNS)
 
 
 def is_device_failure(error: BaseException) -> bool:

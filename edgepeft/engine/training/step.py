@@ -112,10 +112,11 @@ class StepRunner:
                     loss = self._loss(batch, layout.loss_chunk_tokens)
                     self._backward(loss / trained)
                     total += loss.detach()
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                raise MicroBatchTooLarge(count, len(group), str(error).splitlines()[0]) from None
+                first_line = (str(error).splitlines() or [type(error).__name__])[0]
+                raise MicroBatchTooLarge(count, len(group), first_line) from None
             tokens += count
         return StepSums(float(total), trained, tokens)
 
@@ -140,7 +141,7 @@ class StepRunner:
             try:
                 with watched, packed(batch.lengths):
                     part = float(self._loss(batch, layout.loss_chunk_tokens))
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
             if part is None:

@@ -60,11 +60,13 @@ def _execute(run: RunFolder, emit: Callable[[Event], None]) -> None:
     # Libraries' remarks about kernels and hubs belong into no run's log.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
-    from edgepeft.engine.training.loop import run_training
     from edgepeft.engine.training.stopping import StopRequests
 
     requests = StopRequests(run)
+    # Before torch is imported: whoever stops the run in its first seconds finds it stopped, not lost.
     with requests.catch_signals():
+        from edgepeft.engine.training.loop import run_training
+
         run_training(run, emit, requests)
 
 
