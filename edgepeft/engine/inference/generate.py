@@ -17,6 +17,7 @@ from transformers import DynamicCache
 from edgepeft.chat.protocol import Sampling
 from edgepeft.engine.inference.sampling import Sampler
 from edgepeft.engine.inference.session import KeptPrefix, Session
+from edgepeft.engine.training.recovery import is_out_of_memory
 from edgepeft.errors import BadInput, DoesNotFit, OutOfMemory
 
 _PREFILL_TOKENS = 512
@@ -155,9 +156,7 @@ def generate_batch(
 
 def memory_error(error: RuntimeError | MemoryError, session: Session) -> OutOfMemory:
     """The error as a person needs it when memory ran out; any other is raised again as it is."""
-    text = str(error)
-    exhausted = isinstance(error, torch.OutOfMemoryError | MemoryError) or "DefaultCPUAllocator" in text
-    if not exhausted:
+    if not is_out_of_memory(error):
         raise error
     session.prefix = None
     if session.loaded.device.type == "cuda":

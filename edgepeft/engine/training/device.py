@@ -28,8 +28,8 @@ def training_device(planned: str, offered: torch.device) -> torch.device:
         return torch.device("cpu")
     if offered.type != "cuda":
         raise DeviceUnusable(
-            f"the planned card {planned} cannot be used by torch {torch.__version__}",
-            hint="See what is wrong with `edgepeft doctor`, or plan for --gpu cpu",
+            f"the card {planned} cannot be used by torch {torch.__version__}",
+            hint="See what is wrong with `edgepeft doctor`, or use --gpu cpu",
         )
     return offered
 

@@ -12,7 +12,7 @@ from typing import BinaryIO
 import msgspec
 
 from edgepeft.chat.protocol import Loading, Ready, Reply, Trouble
-from edgepeft.errors import EdgepeftError, ExitCode
+from edgepeft.errors import EdgepeftError, ExitCode, OutOfMemory
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,18 +54,26 @@ def load_and_serve(requests: BinaryIO, replies: BinaryIO, options: argparse.Name
     from edgepeft.engine.inference.requests import Wire, serve
     from edgepeft.engine.inference.session import Session
     from edgepeft.engine.model.load import load_model
+    from edgepeft.engine.training.device import training_device
+    from edgepeft.engine.training.recovery import is_out_of_memory
     from edgepeft.models.store import find_model
 
-    device = torch.device("cpu" if options.device == "cpu" else "cuda")
-    loaded = load_model(
-        find_model(options.model),
-        precision=options.precision,
-        compute_dtype=options.compute,
-        device=device,
-        dense_values=device.type == "cpu",
-        progress=lambda what, fraction: _send(replies, Loading(id=0, what=what, fraction=fraction)),
-    )
-    session = Session(loaded, options.budget)
+    device = training_device(options.device, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    try:
+        loaded = load_model(
+            find_model(options.model),
+            precision=options.precision,
+            compute_dtype=options.compute,
+            device=device,
+            dense_values=device.type == "cpu",
+            progress=lambda what, fraction: _send(replies, Loading(id=0, what=what, fraction=fraction)),
+        )
+        session = Session(loaded, options.budget)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        hint = "Free some memory, or use --precision nf4 or a smaller model"
+        raise OutOfMemory("memory ran out while loading", where=options.model, hint=hint) from error
     ready = Ready(
         id=0,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
