@@ -121,13 +121,24 @@ def disk_errors(path: Path) -> Iterator[None]:
                 where=str(path),
                 hint="Check the medium, or set EDGEPEFT_HOME to another disk",
             ) from error
-        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EEXIST) and not path.parent.is_dir():
+        raise
+
+
+def make_folder(folder: Path) -> None:
+    """Makes `folder` and those above it; one that exists is fine.
+
+    Raises:
+        DiskProblem: there is no permission, no space, or something else lies in the way.
+    """
+    with disk_errors(folder):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, FileNotFoundError, NotADirectoryError) as error:
             raise DiskProblem(
                 "this folder cannot be made",
-                where=str(path.parent),
+                where=str(folder),
                 hint="Check the path, and EDGEPEFT_HOME where it is set",
             ) from error
-        raise
 
 
 @contextmanager
@@ -138,7 +149,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         DiskProblem: the disk is full, or may not be written.
     """
     with disk_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         os.close(handle)
         temporary = Path(name)

@@ -14,7 +14,7 @@ import msgspec
 
 from edgepeft.chat.protocol import Cancel, Reply, Request, Trouble
 from edgepeft.errors import EdgepeftError, OutOfMemory, error_for_code
-from edgepeft.paths import disk_errors, home
+from edgepeft.paths import disk_errors, home, make_folder
 from edgepeft.processes import start_worker
 
 _KEPT_LOGS = 10
@@ -142,8 +142,8 @@ def as_error(trouble: Trouble) -> EdgepeftError:
 
 def _new_log() -> Path:
     folder = home().cache / "logs"
+    make_folder(folder)
     with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         for old in sorted(folder.glob("infer-*.log"))[: -_KEPT_LOGS + 1]:
             try:
                 old.unlink()

@@ -20,7 +20,7 @@ from edgepeft.errors import BadInput, EdgepeftError
 from edgepeft.library.card import CARD_FILE, Card
 from edgepeft.library.tensors import dimensions_differ, shape_mismatch
 from edgepeft.models.headers import read_header
-from edgepeft.paths import check_name, disk_errors, home, sync_folder, write_atomic
+from edgepeft.paths import check_name, disk_errors, home, make_folder, sync_folder, write_atomic
 
 if TYPE_CHECKING:
     from edgepeft.models.store import ModelEntry
@@ -336,8 +336,8 @@ def read_audit(name: str) -> list[AuditLine]:
 
 def _add(adapter: AdapterFolder, name: str, card: Card | None, action: str, detail: str) -> str:
     parent = home().adapters / name
+    make_folder(parent)
     with disk_errors(parent):
-        parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(dir=parent, prefix=".new-"))
         try:
             for file in (CONFIG_FILE, WEIGHTS_FILE):

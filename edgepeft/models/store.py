@@ -39,7 +39,7 @@ from edgepeft.models.source_folder import (
     small_files_changed,
     template_text,
 )
-from edgepeft.paths import as_name, check_name, disk_errors, home, write_atomic
+from edgepeft.paths import as_name, check_name, disk_errors, home, make_folder, write_atomic
 from edgepeft.units import MIB, format_bytes
 
 Kind = Literal["folder", "copy", "gguf", "embedded"]
@@ -358,10 +358,9 @@ def _locked(name: str) -> Iterator[None]:
     from filelock import FileLock
 
     root = home().models
-    with disk_errors(root):
-        root.mkdir(parents=True, exist_ok=True)
-        with FileLock(root / f".{name}.lock"):
-            yield
+    make_folder(root)
+    with disk_errors(root), FileLock(root / f".{name}.lock"):
+        yield
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from pathlib import Path
 import msgspec
 
 from edgepeft.errors import BadInput
-from edgepeft.paths import check_name, disk_errors, home, sync_folder, write_atomic
+from edgepeft.paths import check_name, disk_errors, home, make_folder, sync_folder, write_atomic
 from edgepeft.plan.train_plan import TrainPlan
 from edgepeft.runs.control import CONTROL_FILE
 from edgepeft.runs.lock import LOCK_FILE
@@ -108,8 +108,8 @@ def create_run(plan: TrainPlan, name: str) -> RunFolder:
     """
     check_name(name)
     runs = home().runs
+    make_folder(runs)
     with disk_errors(runs):
-        runs.mkdir(parents=True, exist_ok=True)
         draft = Path(tempfile.mkdtemp(dir=runs, prefix=f".{name}."))
     try:
         content = msgspec.json.encode(msgspec.structs.replace(plan, adapter_name=name))

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from edgepeft.errors import BadInput, DiskProblem
-from edgepeft.paths import disk_errors, sync_folder
+from edgepeft.paths import disk_errors, make_folder, sync_folder
 from edgepeft.spec import Layout, Recipe
 from edgepeft.units import MIB, format_bytes
 
@@ -105,8 +105,8 @@ def write_checkpoint(
     target = root / f"step-{position.step}"
     draft = root / f".step-{position.step}.draft"
     needed = sum(tensor.nbytes for tensor in (*adapter.values(), *optimizer.values()))
+    make_folder(root)
     with disk_errors(root):
-        root.mkdir(parents=True, exist_ok=True)
         for leftover in root.glob(".step-*"):
             # The run's lock is held, so nobody else is writing here: these are remains of a crash.
             shutil.rmtree(leftover, ignore_errors=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 
 from edgepeft.errors import EdgepeftError
-from edgepeft.paths import disk_errors
+from edgepeft.paths import disk_errors, make_folder
 from edgepeft.units import MIB
 
 _SECONDS = 1.0
@@ -95,8 +95,8 @@ def disk_bytes_per_s(folder: Path, size_bytes: int) -> tuple[float | None, float
     Raises:
         DiskProblem: the folder cannot be written, or has no room.
     """
+    make_folder(folder)
     with disk_errors(folder):
-        folder.mkdir(parents=True, exist_ok=True)
         block = os.urandom(8 * MIB)
         with tempfile.NamedTemporaryFile(dir=folder, prefix=".measure-") as file:
             began = time.perf_counter()
