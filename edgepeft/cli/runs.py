@@ -141,12 +141,15 @@ def stop_(
     """Stop a run after its current step, and save its adapter."""
     from edgepeft.runs.launch import stop
     from edgepeft.runs.layout import open_run
+    from edgepeft.runs.state import read_state
     from edgepeft.units import parse_seconds
 
     run = open_run(run_id)
     seconds = parse_seconds(timeout, where="--timeout")
-    with _waiting(f"Stopping {run.id}: it ends its step and saves"):
-        state = stop(run, seconds)
+    state = read_state(run)
+    if state.alive:
+        with _waiting(f"Stopping {run.id}: it ends its step and saves"):
+            state = stop(run, seconds)
     if as_json:
         print_json({"id": run.id, "state": state})
     else:
