@@ -134,13 +134,7 @@ class SyncInference:
         adapters: Sequence[AdapterUse] = (),
     ) -> AnswerStream:
         """Answers one prompt: `Token` replies as they come, then the `Answer`."""
-        request = Generate(
-            id=next(self._ids),
-            prompt_ids=list(prompt_ids),
-            stop_ids=list(stop_ids),
-            sampling=sampling or Sampling(),
-            adapters=list(adapters),
-        )
+        request = _generate(next(self._ids), prompt_ids, stop_ids, sampling, adapters)
         self._connection.send(request)
         return AnswerStream(self._replies_to(request.id), lambda: self._connection.cancel(request.id))
 
@@ -154,14 +148,7 @@ class SyncInference:
         batch_size: int = 16,
     ) -> Iterator[Answer]:
         """Answers many prompts; each `Answer` comes when it is done and says by `index` which prompt it belongs to."""
-        request = GenerateBatch(
-            id=next(self._ids),
-            prompts=[list(prompt) for prompt in prompts],
-            stop_ids=list(stop_ids),
-            sampling=sampling or Sampling(temperature=0.0),
-            adapters=list(adapters),
-            batch_size=batch_size,
-        )
+        request = _generate_batch(next(self._ids), prompts, stop_ids, sampling, adapters, batch_size)
         self._connection.send(request)
         ended = False
         try:
@@ -179,9 +166,7 @@ class SyncInference:
         self, samples: Sequence[tuple[Sequence[int], Sequence[bool]]], adapters: Sequence[AdapterUse] = ()
     ) -> LossScored:
         """Mean loss of the trained tokens of samples, all together and each."""
-        request = ScoreLoss(
-            id=next(self._ids), samples=[(list(ids), list(mask)) for ids, mask in samples], adapters=list(adapters)
-        )
+        request = _score_loss(next(self._ids), samples, adapters)
         self._connection.send(request)
         try:
             for reply in self._replies_to(request.id):
@@ -264,13 +249,7 @@ class InferenceClient:
         adapters: Sequence[AdapterUse] = (),
     ) -> AsyncIterator[Token | Answer]:
         """Answers one prompt: `Token` replies as they come, then the `Answer`; leaving the loop early stops it."""
-        request = Generate(
-            id=next(self._ids),
-            prompt_ids=list(prompt_ids),
-            stop_ids=list(stop_ids),
-            sampling=sampling or Sampling(),
-            adapters=list(adapters),
-        )
+        request = _generate(next(self._ids), prompt_ids, stop_ids, sampling, adapters)
         async for reply in self._serve(request, Answer):
             assert isinstance(reply, Token | Answer)
             yield reply
@@ -285,14 +264,7 @@ class InferenceClient:
         batch_size: int = 16,
     ) -> AsyncIterator[Answer]:
         """Answers many prompts; each `Answer` comes when it is done and says by `index` which prompt it belongs to."""
-        request = GenerateBatch(
-            id=next(self._ids),
-            prompts=[list(prompt) for prompt in prompts],
-            stop_ids=list(stop_ids),
-            sampling=sampling or Sampling(temperature=0.0),
-            adapters=list(adapters),
-            batch_size=batch_size,
-        )
+        request = _generate_batch(next(self._ids), prompts, stop_ids, sampling, adapters, batch_size)
         async for reply in self._serve(request, Done):
             if isinstance(reply, Answer):
                 yield reply
@@ -301,9 +273,7 @@ class InferenceClient:
         self, samples: Sequence[tuple[Sequence[int], Sequence[bool]]], adapters: Sequence[AdapterUse] = ()
     ) -> LossScored:
         """Mean loss of the trained tokens of samples, all together and each."""
-        request = ScoreLoss(
-            id=next(self._ids), samples=[(list(ids), list(mask)) for ids, mask in samples], adapters=list(adapters)
-        )
+        request = _score_loss(next(self._ids), samples, adapters)
         async for reply in self._serve(request, LossScored):
             if isinstance(reply, LossScored):
                 return reply
@@ -360,3 +330,43 @@ class InferenceClient:
         for target in targets:
             if target is not None:
                 target.put_nowait(reply)
+
+
+def _generate(
+    request_id: int,
+    prompt_ids: Sequence[int],
+    stop_ids: Sequence[int],
+    sampling: Sampling | None,
+    adapters: Sequence[AdapterUse],
+) -> Generate:
+    return Generate(
+        id=request_id,
+        prompt_ids=list(prompt_ids),
+        stop_ids=list(stop_ids),
+        sampling=sampling or Sampling(),
+        adapters=list(adapters),
+    )
+
+
+def _generate_batch(
+    request_id: int,
+    prompts: Sequence[Sequence[int]],
+    stop_ids: Sequence[int],
+    sampling: Sampling | None,
+    adapters: Sequence[AdapterUse],
+    batch_size: int,
+) -> GenerateBatch:
+    return GenerateBatch(
+        id=request_id,
+        prompts=[list(prompt) for prompt in prompts],
+        stop_ids=list(stop_ids),
+        sampling=sampling or Sampling(temperature=0.0),
+        adapters=list(adapters),
+        batch_size=batch_size,
+    )
+
+
+def _score_loss(
+    request_id: int, samples: Sequence[tuple[Sequence[int], Sequence[bool]]], adapters: Sequence[AdapterUse]
+) -> ScoreLoss:
+    return ScoreLoss(id=request_id, samples=[(list(ids), list(mask)) for ids, mask in samples], adapters=list(adapters))
