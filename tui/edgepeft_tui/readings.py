@@ -118,7 +118,7 @@ def _runs(now: float) -> list[Row]:
         elif state.status == "damaged":
             text, mark, verb = f"damaged: {state.message}", "trouble", "show"
         else:
-            text, mark, verb = f"{state.status} at step {state.step}/{state.steps}{loss}", "trouble", "resume"
+            text, mark, verb = f"{state.status} {state.step}/{state.steps}{loss}", "trouble", "resume"
         rows.append(Row(run.id, text, mark, f"edgepeft runs {verb} {run.id}"))
     return rows
 
