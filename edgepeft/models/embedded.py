@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import metadata
 from pathlib import Path
 
-from edgepeft.errors import BadInput
+from edgepeft.models.references import NotOnDisk
 
 EMBEDDED = "smollm2-135m"
 EMBEDDED_LICENCE = "apache-2.0"
@@ -19,7 +19,7 @@ def embedded_gguf() -> Path:
     """The GGUF file inside the installed wheel.
 
     Raises:
-        BadInput: the wheel is not installed; says the one command that installs it.
+        NotOnDisk: the wheel is not installed; says the one command that installs it.
     """
     try:
         files = metadata.files(_DISTRIBUTION) or []
@@ -30,7 +30,7 @@ def embedded_gguf() -> Path:
             path = Path(str(file.locate()))
             if path.is_file():
                 return path
-    raise BadInput(
+    raise NotOnDisk(
         f"the embedded model {EMBEDDED} is not installed",
         where=EMBEDDED,
         hint=f"Install it with: {INSTALL_COMMAND}",

@@ -184,44 +184,55 @@ def expert_count(config: Mapping[str, Any]) -> int:
 
 _TIED = {"tie_word_embeddings": True}
 _GEMMA = _TIED | {"head_dim": 256}
+_QWEN = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
 _QWEN2_MOE = {
     "qkv_bias": True,
     "num_experts": 60,
+    "num_experts_per_tok": 4,
     "moe_intermediate_size": 1408,
     "shared_expert_intermediate_size": 5632,
     "decoder_sparse_step": 1,
 }
-_QWEN3_MOE = {"num_experts": 128, "moe_intermediate_size": 768, "decoder_sparse_step": 1}
+_MIXTRAL = {"num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2}
+_QWEN3_MOE = {"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "decoder_sparse_step": 1}
 _GEMMA3 = _GEMMA | {
     "num_attention_heads": 8,
     "num_key_value_heads": 4,
     "vocab_size": 262208,
     "max_position_embeddings": 131072,
+    "sliding_window": 4096,
+    "sliding_window_pattern": 6,
 }
-_GPT_OSS = {"head_dim": 64, "attention_bias": True, "num_local_experts": 128}
+_GPT_OSS = {"head_dim": 64, "attention_bias": True, "num_local_experts": 128, "num_experts_per_tok": 4}
 
 FAMILIES: Mapping[str, Family] = {
     "llama": Family("LlamaForCausalLM", _llama),
     "mistral": Family("MistralForCausalLM", _plain, {"num_key_value_heads": 8}),
     "ministral": Family("MinistralForCausalLM", _plain, {"num_key_value_heads": 8}),
     "ministral3": Family("Ministral3ForCausalLM", _plain, {"num_key_value_heads": 8, "head_dim": 128}),
-    "qwen2": Family("Qwen2ForCausalLM", _qwen2),
-    "qwen3": Family("Qwen3ForCausalLM", _qwen3, {"head_dim": 128}),
+    "qwen2": Family("Qwen2ForCausalLM", _qwen2, _QWEN),
+    "qwen3": Family("Qwen3ForCausalLM", _qwen3, _QWEN | {"head_dim": 128}),
     "gemma": Family("GemmaForCausalLM", _gemma, _GEMMA),
     "gemma2": Family(
         "Gemma2ForCausalLM",
         _gemma2,
-        _GEMMA | {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "sliding_window": 4096},
+        _GEMMA
+        | {
+            "attn_logit_softcapping": 50.0,
+            "final_logit_softcapping": 30.0,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 2,
+        },
     ),
     "gemma3_text": Family("Gemma3ForCausalLM", _gemma3, _GEMMA3),
     "phi3": Family("Phi3ForCausalLM", _phi3),
     "smollm3": Family("SmolLM3ForCausalLM", _llama, _TIED),
     "olmo": Family("OlmoForCausalLM", _olmo, final_norm=0),
     "olmo2": Family("Olmo2ForCausalLM", _olmo2),
-    "olmo3": Family("Olmo3ForCausalLM", _olmo2, {"sliding_window": 4096}),
+    "olmo3": Family("Olmo3ForCausalLM", _olmo2, {"sliding_window": 4096, "sliding_window_pattern": 4}),
     "granite": Family("GraniteForCausalLM", _llama),
     "stablelm": Family("StableLmForCausalLM", _stablelm, final_norm=2),
-    "mixtral": Family("MixtralForCausalLM", _mixtral, {"num_key_value_heads": 8, "num_local_experts": 8}),
+    "mixtral": Family("MixtralForCausalLM", _mixtral, _MIXTRAL),
     "qwen2_moe": Family("Qwen2MoeForCausalLM", _qwen2_moe, _QWEN2_MOE),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", _qwen3_moe, _QWEN3_MOE),
     "gpt_oss": Family("GptOssForCausalLM", _gpt_oss, _GPT_OSS),

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgepeft.errors import BadInput
+from edgepeft.models.config import class_names, softcap
 from edgepeft.models.headers import TensorHeader
 from edgepeft.models.shape import LinearShape, ModelShape
 
@@ -24,7 +25,7 @@ def shape_from_headers(config: Mapping[str, Any], tensors: Mapping[str, TensorHe
     Raises:
         BadInput: it is no causal language model, its layers are not alike, or its weights follow no known naming.
     """
-    architecture = str((config.get("architectures") or [""])[0])
+    architecture = next(iter(class_names(config)), "")
     model_type = str(config.get("model_type", ""))
     if not architecture.endswith(("ForCausalLM", "LMHeadModel")) or model_type in _TRANSPOSED:
         raise _unknown(config, "it is not a causal language model made of linear layers")
@@ -69,9 +70,9 @@ def shape_from_headers(config: Mapping[str, Any], tensors: Mapping[str, TensorHe
         norm_parameters=norms,
         final_norm_parameters=rest,
         expert_parameters=experts,
-        attention_softcap=config.get("attn_logit_softcapping"),
-        logit_softcap=config.get("final_logit_softcapping"),
-        sliding_window=config.get("sliding_window") if config.get("use_sliding_window", True) else None,
+        attention_softcap=softcap(config, "attn_logit_softcapping"),
+        logit_softcap=softcap(config, "final_logit_softcapping"),
+        sliding_window=_number(config, "sliding_window") if config.get("use_sliding_window", True) else None,
     )
 
 
@@ -99,7 +100,7 @@ def _number(config: Mapping[str, Any], *keys: str) -> int | None:
 
 
 def _unknown(config: Mapping[str, Any], reason: str) -> BadInput:
-    named = ", ".join(config.get("architectures") or []) or str(config.get("model_type") or "an unnamed architecture")
+    named = ", ".join(class_names(config)) or str(config.get("model_type") or "an unnamed architecture")
     return BadInput(
         f"{named} is not known to edgepeft, and {reason}",
         where="config.json",

@@ -114,26 +114,39 @@ def gguf_in(folder: Path) -> Path | None:
     return files[0] if files else None
 
 
-def not_on_disk(reference: str, known: Sequence[str]) -> BadInput:
+class NotOnDisk(BadInput):
+    """A model that is nowhere on this disk."""
+
+
+def how_to_bring(hub_name: str) -> str:
+    """The commands that bring a model from the hub to this machine, as a sentence without a full stop."""
+    name = hub_name.split("/")[-1]
+    return (
+        f"On a machine with a network run: hf download {hub_name} --local-dir {name}"
+        f" ; bring the folder here and run: edgepeft models add {name}"
+    )
+
+
+def not_on_disk(reference: str, known: Sequence[str]) -> NotOnDisk:
     """The error for a model that is nowhere on this disk: how to get it here, or which names there are."""
-    if _HUB_NAME.fullmatch(reference):
-        name = reference.split("/")[1]
-        return BadInput(
+    from edgepeft.models.described import described_model
+
+    profile = described_model(reference)
+    hub_name = reference if _HUB_NAME.fullmatch(reference) else profile.aliases[0] if profile is not None else None
+    if hub_name is not None:
+        return NotOnDisk(
             "this model is not on this disk, and edgepeft never downloads",
             where=reference,
-            hint=(
-                f"On a machine with a network run: hf download {reference} --local-dir {name}"
-                f" ; bring the folder here and run: edgepeft models add {name}"
-            ),
+            hint=how_to_bring(hub_name),
         )
     if looks_like_path(reference) or reference.endswith(".gguf"):
-        return BadInput(
+        return NotOnDisk(
             "there is no such file or folder",
             where=reference,
             hint="Check the path; edgepeft models scan finds models on this disk",
         )
     names = ", ".join(dict.fromkeys((*known, "smollm2-135m")))
-    return BadInput(
+    return NotOnDisk(
         f"no model is called {reference!r}",
         where="model",
         hint=f"Known: {names}. Add one with: edgepeft models add DIR, or find some with: edgepeft models scan",

@@ -56,12 +56,22 @@ class ModelShape(msgspec.Struct, frozen=True):
     """Norm gains after the last layer."""
     expert_parameters: int = 0
     """Entries of the fused experts and their router in one decoder layer; transformers leaves these in 16 bit."""
+    experts: int = 0
+    """Experts of one decoder layer; 0 where there are none."""
+    experts_per_token: int = 0
+    """Experts that each token goes through."""
+    expert_intermediate: int = 0
+    """Width inside an expert."""
     attention_softcap: float | None = None
     """Attention scores are capped softly at this value (Gemma 2)."""
     logit_softcap: float | None = None
     """Logits are capped softly at this value (Gemma 2)."""
     sliding_window: int | None = None
     """Attention window in tokens of the layers that have one."""
+    full_attention_layers: tuple[int, ...] = ()
+    """Layers, counted from 0, that see everything although the model has a window."""
+    rotary_share: float = 1.0
+    """Share of a head's entries that are rotated by position."""
 
     @property
     def adaptable(self) -> tuple[LinearShape, ...]:

@@ -81,6 +81,54 @@ def test_impossible_numbers_are_refused(change: dict[str, Any]) -> None:
         read_shape(tiny_config(**change))
 
 
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers is 1,000,000,000, more than any model has"),
+        ({"num_hidden_layers": -3}, "num_hidden_layers is -3, not a positive whole number"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is True"),
+        ({"hidden_size": "4096"}, "hidden_size is '4096'"),
+        ({"hidden_size": 64.0}, "hidden_size is 64.0"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
+        ({"vocab_size": 10**12}, "vocab_size is 1,000,000,000,000"),
+        ({"intermediate_size": [1, 2]}, "intermediate_size is [1, 2]"),
+        ({"max_position_embeddings": -1}, "max_position_embeddings is -1"),
+        ({"head_dim": 0}, "head_dim is 0"),
+        ({"hidden_size": 65, "head_dim": None}, "hidden_size 65 cannot be divided among num_attention_heads 4"),
+        ({"num_key_value_heads": 3}, "num_attention_heads 4 is no multiple of num_key_value_heads 3"),
+        ({"num_key_value_heads": 8}, "num_attention_heads 4 is no multiple of num_key_value_heads 8"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings is 'false', neither true nor false"),
+        ({"attention_bias": "no"}, "attention_bias is 'no'"),
+        ({"sliding_window": "4k"}, "sliding_window is '4k'"),
+        ({"final_logit_softcapping": float("nan")}, "final_logit_softcapping is nan"),
+        ({"attn_logit_softcapping": "50"}, "attn_logit_softcapping is '50'"),
+        ({"model_type": None}, "model_type 'missing'"),
+        ({"model_type": ["llama"]}, "model_type is ['llama'], not a name"),
+        ({"model_type": "qwen3_moe", "num_experts": "many"}, "num_experts is 'many'"),
+        ({"model_type": "qwen2_moe", "moe_intermediate_size": -1}, "moe_intermediate_size is -1"),
+    ],
+)
+def test_a_damaged_config_is_one_line_that_names_the_key(change: dict[str, Any], complaint: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        read_shape(tiny_config(**change))
+    assert complaint in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert caught.value.hint
+
+
+@pytest.mark.parametrize("missing", ["hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size"])
+def test_a_missing_field_is_named(missing: str) -> None:
+    config = {key: value for key, value in tiny_config().items() if key != missing}
+    with pytest.raises(BadInput, match=f"{missing} is missing"):
+        read_shape(config)
+
+
+def test_a_config_without_a_list_of_classes_is_refused_all_the_same() -> None:
+    with pytest.raises(BadInput, match="model_type 'mamba', no architecture"):
+        read_shape({"model_type": "mamba", "architectures": "MambaForCausalLM"})
+
+
 def test_layers_that_differ_are_refused() -> None:
     config, _ = PUBLISHED["Mixtral-8x7B"]
     with pytest.raises(BadInput, match="alike"):
