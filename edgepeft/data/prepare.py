@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from edgepeft.data.conversation import RecordError
-from edgepeft.data.encode import Rendered, render_record, tokenize
-from edgepeft.data.records import LARGE_RECORD_CHARS, BadRecord, Format, RecordReader, detect_format
+from edgepeft.data.encode import Rendered, tokenize
+from edgepeft.data.reading import RenderedFile, TokenCounts, check_usable, reading_notes
+from edgepeft.data.records import Format, detect_format
 from edgepeft.data.rows import check_file
 from edgepeft.data.schedule import split_held_out
 from edgepeft.data.template import ChatTemplate
@@ -24,7 +24,7 @@ from edgepeft.paths import atomic_path, disk_errors, home, write_atomic
 from edgepeft.spec import DataRef, TrainOn
 
 if TYPE_CHECKING:
-    from edgepeft.data.token_table import Indices, TokenFile, TokenTable
+    from edgepeft.data.token_table import Flags, Indices, TokenFile, TokenTable
 
 Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
@@ -33,30 +33,6 @@ _SCHEMA_VERSION = 1
 _SPLIT_SEED = 0
 _BATCH_RECORDS = 256
 _BATCH_CHARS = 1 << 20
-_MAX_SHOWN = 3
-
-
-class TokenCounts(msgspec.Struct, frozen=True):
-    """What tokenizing one file found; kept beside the cached tokens."""
-
-    format: Format
-    records: int
-    """Usable records."""
-    samples: int
-    bad: int
-    """Records that were skipped."""
-    unit: str
-    """What `line` counts: line or row."""
-    first_bad: tuple[BadRecord, ...]
-    """The first of them."""
-    with_loss: int
-    """Samples with at least one trained token."""
-    with_end: int
-    """Samples in which a token that ends an answer is trained."""
-    large: tuple[int, ...]
-    """Lines of records above a million characters."""
-    adapted: dict[str, int]
-    """What had to be changed to suit the template → samples."""
 
 
 class PreparedData(msgspec.Struct, frozen=True):
@@ -150,18 +126,16 @@ def prepare(data: DataRef, model_folder: Path, *, progress: Progress | None = No
     template = load_template(data, model_folder)
     file, counts = _tokens(data, data.path, data.fingerprint, tokenizer, template, progress)
     _check_trained(counts, data, tokenizer, template)
-    notes = _notes(data, data.path, counts, tokenizer, template)
+    notes = reading_notes(data.path, counts) + template_notes(data, tokenizer, template)
     if data.eval_path and data.eval_fingerprint:
         held, held_counts = _tokens(data, data.eval_path, data.eval_fingerprint, tokenizer, template, progress)
-        notes += _notes(data, data.eval_path, held_counts, tokenizer, None)
+        notes += reading_notes(data.eval_path, held_counts)
         train = TokenTable(file, np.flatnonzero(file.trained > 0))
         held_out = TokenTable(held, np.flatnonzero(held.trained > 0))
     else:
         # Equal samples, and all samples of one record, stay on one side: what is held out is really new.
         usable = np.flatnonzero(file.trained > 0)
-        groups = _groups(file.contents[usable], file.lines[usable])
-        train_groups, _ = split_held_out(int(groups.max()) + 1, data.eval_fraction, _SPLIT_SEED)
-        in_train = np.isin(groups, np.asarray(train_groups, np.int64))
+        in_train = split_samples(file.contents[usable], file.lines[usable], data.eval_fraction)
         train, held_out = TokenTable(file, usable[in_train]), TokenTable(file, usable[~in_train])
     return PreparedData(train=train, held_out=held_out, notes=tuple(notes), format=counts.format, counts=counts)
 
@@ -232,12 +206,9 @@ def _build(
 
     if fingerprint_file(path) != fingerprint:
         raise _changed(str(path))
-    reader = RecordReader(path, data.format, data.columns)
+    file = RenderedFile(path, data, template)
     stops = frozenset(tokenizer.stop_token_ids(template))
-    bad: list[BadRecord] = []
     totals: Counter[str] = Counter()
-    adapted: Counter[str] = Counter()
-    large: list[int] = []
     waiting: list[Rendered] = []
 
     with disk_errors(target), atomic_path(target) as temporary:
@@ -253,27 +224,10 @@ def _build(
                 totals["with_end"] += not stops.isdisjoint(compress(sample.ids, sample.mask))
             waiting.clear()
             if progress is not None:
-                progress(reader.bytes_read, reader.total_bytes)
+                progress(file.reader.bytes_read, file.reader.total_bytes)
 
         try:
-            for record in reader:
-                if isinstance(record, BadRecord):
-                    if record.fatal:
-                        raise BadInput(record.why, where=f"{path}:{record.line}", hint="Copy or export the file again")
-                    totals["bad"] += 1
-                    bad = bad if len(bad) >= _MAX_SHOWN else [*bad, record]
-                    continue
-                try:
-                    rendered = render_record(record, template, data.train_on, system=data.system)
-                except RecordError as refusal:
-                    totals["bad"] += 1
-                    bad = bad if len(bad) >= _MAX_SHOWN else [*bad, BadRecord(record.line, str(refusal))]
-                    continue
-                totals["records"] += 1
-                if record.size >= LARGE_RECORD_CHARS and len(large) < _MAX_SHOWN:
-                    large.append(record.line)
-                for item in rendered:
-                    adapted.update(item.notes)
+            for rendered in file:
                 waiting.extend(rendered)
                 waiting_chars += sum(len(item.text) for item in rendered)
                 if len(waiting) >= _BATCH_RECORDS or waiting_chars >= _BATCH_CHARS:
@@ -283,18 +237,7 @@ def _build(
             complete = True
         finally:
             writer.close(keep=complete)
-    return TokenCounts(
-        format=reader.format,
-        records=totals["records"],
-        samples=totals["samples"],
-        bad=totals["bad"],
-        unit=reader.detection.unit,
-        first_bad=tuple(bad),
-        with_loss=totals["with_loss"],
-        with_end=totals["with_end"],
-        large=tuple(large),
-        adapted=dict(adapted),
-    )
+    return file.counts(samples=totals["samples"], with_loss=totals["with_loss"], with_end=totals["with_end"])
 
 
 def _changed(path: str) -> BadInput:
@@ -323,20 +266,7 @@ def _cache_key(data: DataRef, fingerprint: str, tokenizer: Tokenizer, template: 
 
 
 def _check_trained(counts: TokenCounts, data: DataRef, tokenizer: Tokenizer, template: ChatTemplate | None) -> None:
-    if counts.records == 0:
-        first = counts.first_bad[0] if counts.first_bad else None
-        where = f"{data.path}:{first.line}" if first else data.path
-        raise BadInput(
-            f"no usable record; the first one {first.why}" if first else "no usable record",
-            where=where,
-            hint="See all of them with `edgepeft data check FILE`",
-        )
-    if counts.with_loss == 0:
-        raise BadInput(
-            "no token would be trained: the loss mask is empty in every sample",
-            where=data.path,
-            hint="See what is rendered with `edgepeft data preview FILE`, or train on all tokens with --train-on all",
-        )
+    check_usable(counts, data)
     if counts.with_end == 0:
         stops = ", ".join(tokenizer.decode([token]) for token in tokenizer.stop_token_ids(template)) or "none is known"
         raise BadInput(
@@ -344,27 +274,6 @@ def _check_trained(counts: TokenCounts, data: DataRef, tokenizer: Tokenizer, tem
             where=f"chat template {template.name!r}" if template else data.path,
             hint="Give a template that writes it after each answer with --template FILE, or try --template chatml",
         )
-
-
-def _notes(
-    data: DataRef, path: str, counts: TokenCounts, tokenizer: Tokenizer, template: ChatTemplate | None
-) -> list[str]:
-    name = Path(path).name
-    notes: list[str] = []
-    if counts.bad:
-        first = counts.first_bad[0]
-        share = f"{counts.bad:,} of {counts.bad + counts.records:,} records of {name}"
-        notes.append(f"{share} are skipped; the first, {counts.unit} {first.line}, {first.why}")
-    unlearned = counts.samples - counts.with_loss
-    if unlearned:
-        notes.append(f"{unlearned:,} samples of {name} have no trained token and are left out")
-    endless = counts.with_loss - counts.with_end
-    if endless:
-        notes.append(f"in {endless:,} of {counts.with_loss:,} samples of {name} no end of an answer is trained")
-    for line in counts.large:
-        notes.append(f"the record at {counts.unit} {line} of {name} is longer than a million characters")
-    notes += [f"{sentence} ({samples:,} samples of {name})" for sentence, samples in counts.adapted.items()]
-    return notes + template_notes(data, tokenizer, template)
 
 
 def template_notes(data: DataRef, tokenizer: Tokenizer, template: ChatTemplate | None) -> list[str]:
@@ -375,6 +284,21 @@ def template_notes(data: DataRef, tokenizer: Tokenizer, template: ChatTemplate |
     if template.day is not None:
         notes.append(f"the chat template inserts today's date: it is frozen to {template.day.isoformat()}")
     return notes + untrained_tokens(tokenizer, template)
+
+
+def split_samples(contents: Indices, lines: Indices, fraction: float) -> Flags:
+    """Which samples are trained on, bool [n]; the others are held out.
+
+    Args:
+        contents: equal for samples of equal content, int64 [n].
+        lines: of the record that each comes from, int64 [n].
+        fraction: share of the records to hold out.
+    """
+    import numpy as np
+
+    groups = _groups(contents, lines)
+    train_groups, _ = split_held_out(int(groups.max()) + 1, fraction, _SPLIT_SEED)
+    return np.isin(groups, np.asarray(train_groups, np.int64))
 
 
 def _groups(contents: Indices, lines: Indices) -> Indices:

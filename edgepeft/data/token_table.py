@@ -43,6 +43,26 @@ class TokenFile:
     def __len__(self) -> int:
         return len(self.lengths)
 
+    def trained_spans(self, indices: Indices, max_seq_len: int | None) -> tuple[Ints, Ints]:
+        """How far each sample is trained, and on how much; see `TokenTable.trainable`."""
+        last, count = np.zeros(len(indices), np.int32), np.zeros(len(indices), np.int32)
+        chunk_of = np.searchsorted(self._starts, indices, side="right") - 1
+        for chunk in np.unique(chunk_of):
+            chosen = np.flatnonzero(chunk_of == chunk)
+            offsets, flags = self._masks[chunk]
+            places = np.flatnonzero(flags[offsets[0] : offsets[-1]]) + offsets[0]
+            rows = indices[chosen] - self._starts[chunk]
+            begin = offsets[rows].astype(np.int64)
+            end = offsets[rows + 1].astype(np.int64)
+            if max_seq_len is not None:
+                end = np.minimum(end, begin + max_seq_len)
+            # The first token has nothing before it that could predict it.
+            below, within = np.searchsorted(places, begin + 1), np.searchsorted(places, end)
+            count[chosen] = np.maximum(0, within - below)
+            found = chosen[within > below]
+            last[found] = (places[within - 1] - begin)[within > below]
+        return last, count
+
     def sample(self, index: int) -> tuple[Ints, Flags]:
         """ids int32 [length] and mask bool [length]; read-only views into the file."""
         chunk = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -87,6 +107,14 @@ class TokenTable:
             raise IndexError(f"sample {index} of {len(self)}")
         ids, mask = self._file.sample(int(self._indices[index]))
         return ids[: self._max_seq_len], mask[: self._max_seq_len]
+
+    def trainable(self) -> tuple[Ints, Ints]:
+        """Of each sample, the tokens that go through the model and those whose successor is trained, int32 [n] each.
+
+        What follows the last token that predicts a trained one teaches nothing and is left out; a sample without any
+        has 0 and 0.
+        """
+        return self._file.trained_spans(self._indices, self._max_seq_len)
 
     def line(self, index: int) -> int:
         """Line (in parquet: row) of the record that the sample comes from."""
