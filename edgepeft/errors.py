@@ -46,6 +46,15 @@ class EdgepeftError(Exception):
         line = f"{self.where}: {self.what}" if self.where else self.what
         return f"{line}. {self.hint}." if self.hint else f"{line}."
 
+    def lines(self, prefix: str, width: int) -> list[str]:
+        """What a command prints when it ends with this error: one line, unless an error has more to say.
+
+        Args:
+            prefix: what the first line begins with.
+            width: columns that longer texts are wrapped to.
+        """
+        return [prefix + " ".join(str(self).split())]
+
 
 class UsageError(EdgepeftError):
     """An option or an argument that cannot be meant."""

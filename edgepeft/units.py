@@ -22,6 +22,8 @@ _BYTE_UNITS = {
     "gib": GIB,
     "tib": 1 << 40,
 }
+_LARGEST = 1e15
+"""Of a number before its unit: a petabyte in bytes."""
 _QUANTITY = re.compile(r"^([+-]?\d+(?:\.\d+)?)\s*([a-zA-Z]*)$")
 _SECOND_UNITS = {"s": 1, "m": 60, "min": 60, "h": 3600, "d": 86400}
 
@@ -30,12 +32,15 @@ def parse_bytes(text: str, *, where: str = "size") -> int:
     """`20GiB`, `20 GB` or `512 MiB` as bytes.
 
     Raises:
-        UsageError: no unit, an unknown unit, or a value that is not above zero.
+        UsageError: no unit, an unknown unit, or a value that is not above zero or beyond all measure.
     """
     match = _QUANTITY.match(text.strip())
     if match is None:
         raise UsageError(f"cannot read {text!r} as a size", where=where, hint="Write for example 20GiB or 20GB")
     number, unit = match.groups()
+    if not 0 < float(number) < _LARGEST:
+        what = "not above zero" if float(number) <= 0 else "more than any device has"
+        raise UsageError(f"{text!r} is {what}", where=where, hint="Give a size such as 20GiB")
     if not unit:
         raise UsageError(
             f"{text!r} has no unit",
@@ -47,10 +52,7 @@ def parse_bytes(text: str, *, where: str = "size") -> int:
         raise UsageError(
             f"unknown unit {unit!r} in {text!r}", where=where, hint="Known units: B, kB, MB, GB, TB, KiB, MiB, GiB, TiB"
         )
-    value = int(float(number) * factor)
-    if value <= 0:
-        raise UsageError(f"{text!r} is not above zero", where=where, hint="Give a positive size such as 20GiB")
-    return value
+    return max(1, int(float(number) * factor))
 
 
 def parse_seconds(text: str, *, where: str = "duration") -> float:

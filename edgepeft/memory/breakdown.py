@@ -30,6 +30,10 @@ class Phase(msgspec.Struct, frozen=True):
     name: PhaseName
     bytes_by_category: dict[Category, int]
     """Categories that are zero may be left out."""
+    place: str = ""
+    """Where in the phase the peak is, such as `backward of layer 1`; empty when it was not looked for."""
+    reserved_bytes: int | None = None
+    """What the CUDA allocator holds from the driver at the most, context included; None where there is no such."""
 
     @property
     def total_bytes(self) -> int:
@@ -43,6 +47,8 @@ class Breakdown(msgspec.Struct, frozen=True):
     phases: tuple[Phase, ...]
     uncertainty: float = 0.0
     """Share of the peak by which the measured value may lie above it."""
+    correction: float = 1.0
+    """Factor that earlier measurements on this device put on it; the bytes have it already."""
 
     @property
     def peak(self) -> Phase:

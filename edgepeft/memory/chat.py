@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from edgepeft.memory.breakdown import Breakdown, Phase
-from edgepeft.memory.estimate import DeviceKind, on_device, workspace_bytes
+from edgepeft.memory.assembly import Pass, plan_micro_batch
+from edgepeft.memory.breakdown import Breakdown, Category, Phase
+from edgepeft.memory.chunks import BATCH_PREFILL, PREFILL_TOKENS
+from edgepeft.memory.estimate import on_device, workspace_bytes
+from edgepeft.memory.micro_batch import evaluate
+from edgepeft.memory.operations import FLOAT32
+from edgepeft.memory.target import DeviceKind, Target
 from edgepeft.memory.weights import ELEMENT_BYTES, base_bytes
 from edgepeft.models.shape import ModelShape
 from edgepeft.spec import ComputeDtype, Precision
@@ -36,12 +41,20 @@ def estimate_chat(
         batch: conversations answered at one time.
     """
     base = base_bytes(shape, precision, compute_dtype)
-    c = ELEMENT_BYTES[compute_dtype]
-    ledger = dict(base)
-    ledger["adapter weights"] = 4 * adapter_parameters
-    ledger["KV cache"] = batch * kv_cache_bytes(shape, context_tokens, compute_dtype)
+    c, target = ELEMENT_BYTES[compute_dtype], Target(device_kind)
+    tokens = min(batch * context_tokens, PREFILL_TOKENS if batch == 1 else PREFILL_TOKENS * BATCH_PREFILL)
+    prompt = Pass(precision, compute_dtype, target, (tokens,), 0, 1, training=False)
+    forward = sum(evaluate(plan_micro_batch(shape, prompt, None)).by_category)
+    # Where keys and values of a layer grow, the old ones live beside the new; queries that share them see copies.
+    copies = kv_cache_bytes(shape, batch * context_tokens, compute_dtype) // shape.layers
+    if shape.heads != shape.kv_heads:
+        copies += copies * shape.heads // shape.kv_heads
+    mask = tokens * context_tokens
+    ledger: dict[Category, int] = dict(base)
+    ledger["adapter weights"] = FLOAT32 * adapter_parameters
+    ledger["KV cache"] = kv_cache_bytes(shape, batch * context_tokens, compute_dtype)
     ledger["workspace"] = workspace_bytes(shape, precision, compute_dtype)
-    # The prompt goes through a layer at once; logits exist for one position a conversation.
-    ledger["recomputed layer"] = c * context_tokens * (shape.hidden + 3 * shape.intermediate)
-    ledger["logits and loss"] = batch * shape.vocab * (c + 4)
-    return Breakdown((Phase("chat", on_device(ledger, base, device_kind)),))
+    ledger["saved activations"] = mask + max(forward, copies + 4 * c * shape.hidden * tokens)
+    # Logits exist for one position of a conversation, in the compute dtype and in float32.
+    ledger["logits and loss"] = batch * shape.vocab * (c + FLOAT32)
+    return Breakdown((Phase("chat", on_device(ledger, target)),))

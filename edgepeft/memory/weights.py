@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 
 from edgepeft.memory.breakdown import Category
+from edgepeft.memory.chunks import ABSMAX_BLOCK, NF4_BLOCK
 from edgepeft.models.shape import ModelShape
 from edgepeft.spec import ComputeDtype, Precision
 
 ELEMENT_BYTES: dict[str, int] = {"fp32": 4, "bf16": 2, "fp16": 2}
 """Bytes of one dense entry."""
-NF4_BLOCK = 64
-"""Weights that share one scale (Dettmers et al. 2023, arXiv 2305.14314, section 3)."""
-NF4_NESTED_BLOCK = 256
-"""Scales that share one second-level scale: double quantization."""
 NF4_MEAN_BYTES = 4
 """Per matrix: the mean that was subtracted from the scales before they were quantized, float32."""
 
@@ -28,7 +25,7 @@ def matrix_bytes(weights: int, rows: int, precision: Precision) -> tuple[int, in
     """
     if precision == "nf4":
         blocks = math.ceil(weights / NF4_BLOCK)
-        nested = math.ceil(blocks / NF4_NESTED_BLOCK)
+        nested = math.ceil(blocks / ABSMAX_BLOCK)
         return math.ceil(weights / 2), blocks + 4 * nested + NF4_MEAN_BYTES
     if precision == "int8":
         return weights, 4 * rows

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 from edgepeft.methods import lora
 from edgepeft.methods.lora import LoraConfig
+from edgepeft.methods.terms import LayerTerms, LinearTerms
 from edgepeft.models.shape import LinearShape, ModelShape
 
 MethodConfig = LoraConfig
@@ -35,12 +36,24 @@ class Method(Protocol):
         """Trainable entries of the whole model."""
         ...
 
-    def kept_bytes_per_token(self, config: Any, shape: ModelShape, compute_bytes: int) -> float:
-        """What it keeps for backward in one decoder layer, beside what the layer's linears keep."""
+    def linear_terms(
+        self, config: Any, linear: LinearShape, tokens: int, compute_bytes: int, *, training: bool
+    ) -> LinearTerms:
+        """What it adds to a targeted linear, for a micro-batch.
+
+        Args:
+            config: of the method.
+            linear: one of `targeted`.
+            tokens: of the micro-batch.
+            compute_bytes: of an entry in the compute dtype.
+            training: whether there is dropout.
+        """
         ...
 
-    def workspace_bytes(self, config: Any, shape: ModelShape, compute_bytes: int) -> int:
-        """Its temporary tensors at one time that do not grow with tokens."""
+    def layer_terms(
+        self, config: Any, shape: ModelShape, tokens: int, compute_bytes: int, *, training: bool
+    ) -> LayerTerms:
+        """What it adds to a decoder layer outside of its linears."""
         ...
 
 
@@ -53,4 +66,4 @@ def method_of(config: MethodConfig) -> Method:
     return METHODS[str(config.__struct_config__.tag)]
 
 
-__all__ = ["METHODS", "LoraConfig", "Method", "MethodConfig", "method_of"]
+__all__ = ["METHODS", "LayerTerms", "LinearTerms", "LoraConfig", "Method", "MethodConfig", "method_of"]

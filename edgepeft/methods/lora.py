@@ -12,7 +12,10 @@ import math
 import msgspec
 
 from edgepeft.errors import UsageError
+from edgepeft.methods.terms import LayerTerms, LinearTerms
 from edgepeft.models.shape import LinearShape, ModelShape
+
+FLOAT32 = 4
 
 
 class LoraConfig(msgspec.Struct, frozen=True, tag="lora", forbid_unknown_fields=True):
@@ -86,12 +89,25 @@ def count_parameters(config: LoraConfig, shape: ModelShape) -> int:
     return shape.layers * per_layer
 
 
-def kept_bytes_per_token(config: LoraConfig, shape: ModelShape, compute_bytes: int) -> float:
-    """x Aᵀ of each targeted linear, r entries in the compute dtype; x itself is what the frozen product keeps."""
-    return compute_bytes * config.rank * len(targeted(config, shape))
+def linear_terms(
+    config: LoraConfig, linear: LinearShape, tokens: int, compute_bytes: int, *, training: bool
+) -> LinearTerms:
+    """x Aᵀ is kept; A and B exist in the compute dtype while they are multiplied, and so do their fresh gradients."""
+    rank, c = config.rank, compute_bytes
+    a, b = rank * linear.in_features, rank * linear.out_features
+    inner = c * tokens * rank
+    # Where products run in float32, neither parameters nor gradients are copied.
+    low, high = (0, FLOAT32) if c == FLOAT32 else (c, c + FLOAT32)
+    mask = c * tokens * linear.in_features if training and config.dropout else 0
+    # Forward: the mask and the masked input, of which the latter stays.
+    forward = max(2 * mask - inner, mask + low * max(a, b))
+    # Backward: g B; the mask and the update's part of the input's gradient; the masked input and the fresh gradients.
+    backward = inner + max(low * b, 2 * mask + max(low * a, high * b, FLOAT32 * b + high * a))
+    return LinearTerms(parameters=a + b, tensors=2, kept_bytes=inner, forward_bytes=forward, backward_bytes=backward)
 
 
-def workspace_bytes(config: LoraConfig, shape: ModelShape, compute_bytes: int) -> int:
-    """A and B of one linear in the compute dtype, and their fresh gradients in both."""
-    largest = max(config.rank * (linear.in_features + linear.out_features) for linear in targeted(config, shape))
-    return largest * (2 * compute_bytes + 4)
+def layer_terms(
+    config: LoraConfig, shape: ModelShape, tokens: int, compute_bytes: int, *, training: bool
+) -> LayerTerms:
+    """Nothing: every update belongs to a linear."""
+    return LayerTerms()

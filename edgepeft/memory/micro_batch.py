@@ -1,0 +1,227 @@
+"""One micro-batch on a tape: forward, loss and backward of a model with few layers, and from them one with many.
+
+Layers of one kind are alike, so a model of one layer of each kind and a first one shows all there is: whatever the
+others keep, and the gradients that they leave, is added by multiplication.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from edgepeft.memory.operations import FLOAT32, NormStyle, Operations
+from edgepeft.memory.programs import LayerPlan, Program
+from edgepeft.memory.tape import GRADIENTS, LOSS, RECOMPUTED, Peak, Tape, Tensor
+from edgepeft.methods import LayerTerms, LinearTerms
+
+
+class LossPlan(msgspec.Struct, frozen=True):
+    """The cross-entropy over the vocabulary, a chunk of rows at a time (engine.training.loss)."""
+
+    rows: int
+    """Rows that meet the head."""
+    chunk_rows: int
+    """Rows of one chunk."""
+    row_bytes: int
+    """Of one row of hidden states."""
+    vocab: int
+    compute_bytes: int
+    scratch_bytes: int
+    """Float32 scratch at the most, where one row needs less."""
+    softcap: bool
+
+
+class MicroBatchPlan(msgspec.Struct, frozen=True):
+    """What goes through a model at once."""
+
+    tokens: int
+    compute_bytes: int
+    program: Program
+    kinds: tuple[LayerPlan, ...]
+    """The kinds of decoder layers."""
+    kind_of_layer: tuple[int, ...]
+    """For each layer its kind, from the first layer on."""
+    final_norm: NormStyle
+    gain_bytes: int
+    """See `LayerPlan`."""
+    scales_embeddings: bool
+    """Whether the embeddings are multiplied by a number, which makes them anew."""
+    angle_bytes: int
+    """Of the sines and cosines of all positions."""
+    converts: bool
+    """See `Operations`."""
+    loss: LossPlan
+
+    @property
+    def parameters_of_layer(self) -> int:
+        """Trained entries of one decoder layer."""
+        return sum(terms.parameters for terms in self._terms())
+
+    @property
+    def tensors_of_layer(self) -> int:
+        """Among how many tensors they are."""
+        return sum(terms.tensors for terms in self._terms())
+
+    def _terms(self) -> list[LinearTerms | LayerTerms]:
+        layer = self.kinds[0]
+        terms: list[LinearTerms | LayerTerms] = [linear.update for linear in layer.linears.values() if linear.update]
+        return terms if layer.added is None else [*terms, layer.added]
+
+
+class Place(msgspec.Struct, frozen=True):
+    """The highest point of one place in the whole model."""
+
+    name: str
+    by_category: tuple[int, ...]
+    """In the order of `tape.CATEGORIES`."""
+
+    @property
+    def total_bytes(self) -> int:
+        """Of all categories."""
+        return sum(self.by_category)
+
+
+def train(plan: MicroBatchPlan, *, checkpointed: bool, alone: bool) -> Place:
+    """The highest point of forward and backward.
+
+    Args:
+        plan: the micro-batch.
+        checkpointed: whether layers keep only their input.
+        alone: whether gradients come into being in this backward instead of being there already.
+    """
+    tape = Tape("forward")
+    tape.nodes = []
+    layers = _Layers(plan.kind_of_layer, FLOAT32 * plan.parameters_of_layer if alone else 0)
+    hidden = _forward(plan, tape, layers, checkpointed=checkpointed)
+    tape.enter("loss")
+    tape.category = LOSS
+    gradient = _loss(plan.loss, tape)
+    end = hidden.node
+    assert gradient is not None
+    assert end is not None
+    del hidden
+    tape.enter("backward of the loss")
+    tape.category = RECOMPUTED
+    end.gradient = Tensor(tape, plan.tokens * plan.loss.row_bytes)
+    tape.touch(plan.loss.rows * plan.loss.row_bytes)
+    del gradient, end
+    held: list[Tensor] = []
+
+    def accumulate(gradient: Tensor) -> None:
+        if alone:
+            tape.rename(gradient, GRADIENTS)
+            held.append(gradient)
+
+    tape.backward(accumulate)
+    tape.leave()
+    return max((place for peak in tape.peaks for place in layers.places(peak)), key=lambda place: place.total_bytes)
+
+
+def evaluate(plan: MicroBatchPlan) -> Place:
+    """The highest point of a forward without gradients."""
+    tape = Tape("forward")
+    layers = _Layers(plan.kind_of_layer, 0)
+    hidden = _forward(plan, tape, layers, checkpointed=False)
+    tape.enter("loss")
+    tape.category = LOSS
+    _loss(plan.loss, tape)
+    del hidden
+    tape.leave()
+    peak = max(tape.peaks, key=lambda peak: peak.total)
+    return Place(peak.place, peak.by_category)
+
+
+class _Layers:
+    """Which layers are run, and what the others add.
+
+    The first layer is run, and of each kind the last one: nothing lies higher in a layer between those of its kind,
+    since from layer to layer what is kept falls evenly and gradients grow evenly.
+    """
+
+    def __init__(self, kind_of_layer: Sequence[int], gradient_bytes: int) -> None:
+        self.kind_of_layer = kind_of_layer
+        last = {kind: number for number, kind in enumerate(kind_of_layer)}
+        self.run = sorted({0, *last.values()})
+        """Numbers of the layers that are run, from 0."""
+        self.kept: dict[int, list[int]] = {}
+        """What a layer of each kind keeps for backward, by category; the first layer is not asked."""
+        self._gradient_bytes = gradient_bytes
+
+    def places(self, peak: Peak) -> list[Place]:
+        """The places of the whole model that a place of the run ones stands for."""
+        direction, separator, number = peak.place.partition(" of layer ")
+        if not separator:
+            return [Place(peak.place, self._moved(peak, len(self.kind_of_layer), len(self.kind_of_layer)))]
+        run = int(number) - 1
+        numbers = {run}
+        if direction == "backward" and self._gradient_bytes and run:
+            kind = self.kind_of_layer[run]
+            numbers.add(self.kind_of_layer.index(kind, 1))
+        return [Place(f"{direction} of layer {n + 1}", self._moved(peak, run, n, direction)) for n in numbers]
+
+    def _moved(self, peak: Peak, run: int, number: int, direction: str = "") -> tuple[int, ...]:
+        """The bytes of a place in layer `run` of the run ones, in layer `number` of all."""
+        found = list(peak.by_category)
+        counts: dict[int, int] = {}
+        for kind in self.kind_of_layer[1:number]:
+            counts[kind] = counts.get(kind, 0) + 1
+        for other in self.run[1:]:
+            if other < run:
+                kind = self.kind_of_layer[other]
+                counts[kind] = counts.get(kind, 0) - 1
+        for kind, count in counts.items():
+            if count:
+                for category, size in enumerate(self.kept[kind]):
+                    found[category] += count * size
+        if direction == "backward":
+            above = len(self.kind_of_layer) - 1 - number - sum(other > run for other in self.run)
+            found[GRADIENTS] += above * self._gradient_bytes
+        return tuple(found)
+
+
+def _forward(plan: MicroBatchPlan, tape: Tape, layers: _Layers, *, checkpointed: bool) -> Tensor:
+    """The hidden states after the final norm."""
+    ops = Operations(tape, plan.tokens, plan.compute_bytes, plan.angle_bytes, converts=plan.converts)
+    size = plan.tokens * plan.loss.row_bytes
+    # The caller of the layers holds the embeddings to the end.
+    embeddings = Tensor(tape, size)
+    if plan.scales_embeddings:
+        embeddings = Tensor(tape, size)
+    hidden = embeddings
+    for number in layers.run:
+        kind = plan.kind_of_layer[number]
+        tape.enter(f"forward of layer {number + 1}")
+        before = tape.live[:]
+        layer = _layer_of(plan.program, ops, plan.kinds[kind])
+        hidden = tape.checkpointed(layer, hidden) if checkpointed else layer(hidden)
+        if hidden.node is not None:
+            hidden.node.place = f"backward of layer {number + 1}"
+        if number:
+            layers.kept[kind] = [now - then for now, then in zip(tape.live, before, strict=True)]
+    return ops.norm(hidden, size, plan.final_norm, gain_bytes=plan.gain_bytes)
+
+
+def _layer_of(program: Program, ops: Operations, plan: LayerPlan) -> Callable[[Tensor], Tensor]:
+    def run(x: Tensor) -> Tensor:
+        out = program(ops, plan, x)
+        return out if plan.added is None else ops.added(out, plan.added)
+
+    return run
+
+
+def _loss(plan: LossPlan, tape: Tape) -> Tensor | None:
+    """The gradient of the rows that meet the head; None without gradients."""
+    recording = tape.nodes is not None
+    gradient = Tensor(tape, plan.rows * plan.row_bytes) if recording else None
+    if not plan.rows:
+        return gradient
+    chunk = min(plan.chunk_rows, plan.rows)
+    buffer = Tensor(tape, chunk * plan.vocab * plan.compute_bytes)
+    picked = Tensor(tape, chunk * plan.row_bytes)
+    # The rows of the chunk before live until the next ones are there.
+    tape.touch(min(chunk, plan.rows - chunk) * plan.row_bytes)
+    step = max(1, min(chunk, plan.scratch_bytes // (FLOAT32 * plan.vocab)))
+    tape.touch((2 if plan.softcap and recording else 1) * step * plan.vocab * FLOAT32)
+    del buffer, picked
+    return gradient

@@ -1,0 +1,50 @@
+"""What goes through the model at a run's highest point."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class Workload(msgspec.Struct, frozen=True):
+    """The micro-batch that decides a run's peak, and the held-out one that decides an evaluation's."""
+
+    tokens: int
+    """Tokens of the packed micro-batch."""
+    longest: int
+    """Tokens of its longest sample; only attention depends on it."""
+    trained: int
+    """Its tokens whose successor carries loss: rows that meet the output head."""
+    alone: bool = False
+    """Whether it is its step's only micro-batch: gradients then come into being while saved activations go."""
+    held_out_tokens: int = 0
+    """Tokens of the largest micro-batch of an evaluation; 0 when nothing is held out."""
+    held_out_longest: int = 0
+    held_out_trained: int = 0
+
+    def lengths(self) -> tuple[int, ...]:
+        """Sample lengths that add up to `tokens`, none above `longest`: the longest first, the rest alike."""
+        return _split(self.tokens, self.longest)
+
+    def held_out_lengths(self) -> tuple[int, ...]:
+        """The same for the held-out micro-batch."""
+        return _split(self.held_out_tokens, self.held_out_longest)
+
+
+def full_workload(micro_batch_tokens: int, longest: int) -> Workload:
+    """The worst that can happen under a token cap: full micro-batches of trained tokens, several a step."""
+    tokens = max(micro_batch_tokens, longest)
+    return Workload(
+        tokens=tokens,
+        longest=longest,
+        trained=tokens,
+        held_out_tokens=tokens,
+        held_out_longest=longest,
+        held_out_trained=tokens,
+    )
+
+
+def _split(tokens: int, longest: int) -> tuple[int, ...]:
+    if not tokens:
+        return ()
+    whole, rest = divmod(tokens, longest)
+    return (longest,) * whole + ((rest,) if rest else ())
