@@ -1,8 +1,9 @@
 """A plan that names nothing real, and a worker that does no training: what runs are made of, without torch.
 
 As a program it is a stand-in for the training worker: `python toy_run.py RUN_FOLDER` holds the run's lock, writes
-events, keeps a checkpoint every second step and obeys `control.json`. `TOY_STEP_SECONDS`, `TOY_FAIL`, `TOY_DEAF`
-and `TOY_EARLY_EXIT` in the environment say how it behaves.
+events, keeps a checkpoint every second step and obeys `control.json`. `TOY_STEP_SECONDS`, `TOY_FAIL`, `TOY_DEAF`,
+`TOY_KILLED`, `TOY_CARD_FAILS` and `TOY_EARLY_EXIT` in the environment say how it behaves; of the two before the last,
+`3` is the step at which it happens to the first worker, and `3,5` lets it happen to the second one as well.
 """
 
 from __future__ import annotations
@@ -20,7 +21,16 @@ from edgepeft.methods.lora import LoraConfig
 from edgepeft.paths import write_atomic
 from edgepeft.plan.train_plan import Choice, DataSummary, TrainPlan
 from edgepeft.runs.control import read_request
-from edgepeft.runs.events import CheckpointSaved, Evaluated, Failed, Finished, PhaseChanged, Started, StepDone
+from edgepeft.runs.events import (
+    CheckpointSaved,
+    Evaluated,
+    Failed,
+    Finished,
+    PhaseChanged,
+    Recovered,
+    Started,
+    StepDone,
+)
 from edgepeft.runs.events_file import EventWriter
 from edgepeft.runs.layout import RunFolder
 from edgepeft.runs.lock import RunLock
@@ -89,6 +99,13 @@ def start_toy_worker(
     )
 
 
+def _step_of(name: str) -> int:
+    """The step at which something happens to this worker; -1 when nothing does."""
+    steps = os.environ.get(name, "-1").split(",")
+    second = "--smaller" in sys.argv
+    return int(steps[second]) if second < len(steps) else -1
+
+
 def _work(run: RunFolder) -> int:
     plan = run.read_plan()
     pause = float(os.environ.get("TOY_STEP_SECONDS", "0.02"))
@@ -97,12 +114,22 @@ def _work(run: RunFolder) -> int:
     with EventWriter(run.events_file) as events:
         events.write(Started(step=first, steps=plan.steps, device="toy", versions={"toy": "1"}))
         events.write(PhaseChanged(name="train"))
+        if "--smaller" in sys.argv:
+            cause = "killed" if sys.argv[-1] == "killed" else "device"
+            events.write(
+                Recovered(step=first + 1, what="half", micro_batch_tokens=128, checkpointing="layer", cause=cause)
+            )
         stopped = False
         for step in range(first + 1, plan.steps + 1):
             time.sleep(pause)
             if os.environ.get("TOY_FAIL") == str(step):
                 events.write(Failed(message=f"the toy broke at step {step}", exit_code=5, step=step))
                 return 5
+            if step == _step_of("TOY_CARD_FAILS"):
+                events.write(Failed(message="CUDA error: the card fell off", exit_code=6, step=step))
+                return 6
+            if step == _step_of("TOY_KILLED"):
+                os.kill(os.getpid(), signal.SIGKILL)
             events.write(toy_step(step, 2.0 / step))
             if step % 2 == 0:
                 write_atomic(checkpoint, str(step))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -37,7 +39,7 @@ def tiny_base(folder: Path, **changes: Any) -> ModelEntry:
 
 
 def tiny_plan(folder: Path, entry: ModelEntry, **changes: Any) -> TrainPlan:
-    """A plan of a few steps in float32; `changes` go into the recipe, the layout or the upkeep, by field name."""
+    """A plan of a few steps in float32; `changes` go into the recipe, the layout, the upkeep or the run's budget."""
     data = write_data(folder / "data.jsonl")
     recipe: dict[str, Any] = {
         "base": BaseRef(model=entry.name, fingerprint=entry.fingerprint, architecture=entry.shape.architecture),
@@ -59,7 +61,12 @@ def tiny_plan(folder: Path, entry: ModelEntry, **changes: Any) -> TrainPlan:
         for kind, values in ((Recipe, recipe), (Layout, layout), (Upkeep, upkeep)):
             if name in kind.__struct_fields__:
                 values[name] = value
-    spec = RunSpec(recipe=Recipe(**recipe), layout=Layout(**layout), upkeep=Upkeep(**upkeep))
+    spec = RunSpec(
+        recipe=Recipe(**recipe),
+        layout=Layout(**layout),
+        upkeep=Upkeep(**upkeep),
+        budget_bytes=changes.get("budget_bytes"),
+    )
     memory = Breakdown(phases=(Phase(name="train step", bytes_by_category={"adapter weights": 1 << 16}),))
     return TrainPlan(spec=spec, choices=(), memory=memory, steps=spec.recipe.max_steps or 1)
 
@@ -69,13 +76,23 @@ def tiny_run(folder: Path, entry: ModelEntry, name: str = "tiny", **changes: Any
     return create_run(tiny_plan(folder, entry, **changes), name)
 
 
-def train(run: RunFolder) -> list[Event]:
-    """Executes the run in this process; returns its events."""
+def train(run: RunFolder, hook: Callable[[Event], None] = lambda event: None, **options: Any) -> list[Event]:
+    """Executes the run in this process, `hook` being told each event; returns them."""
     from edgepeft.engine.training.loop import run_training
     from edgepeft.engine.training.stopping import StopRequests
 
     events: list[Event] = []
-    run_training(run, events.append, StopRequests(run))
+
+    def emit(event: Event) -> None:
+        events.append(event)
+        hook(event)
+
+    # As the worker does: what earlier tests left behind is not the run's, and looking at it takes long.
+    gc.freeze()
+    try:
+        run_training(run, emit, StopRequests(run), **options)
+    finally:
+        gc.unfreeze()
     return events
 
 

@@ -25,9 +25,9 @@ class Measured(msgspec.Struct, frozen=True):
     measured_at: str
     """ISO date and time with zone."""
     matmul_flops: float
-    """Operations a second of a large product."""
+    """Operations a second of a large product, in the dtype that training computes in."""
     matmul_dtype: str
-    """`bf16`, or `fp16` on cards without bf16."""
+    """`bf16`; `fp16` on cards without it, `fp32` on CPUs that would emulate it."""
     memory_bytes_per_s: float
     """Bytes read and written a second in the device's own memory while copying."""
     host_to_device_bytes_per_s: float | None

@@ -13,6 +13,10 @@ from edgepeft.memory.breakdown import Category
 
 SCHEMA = 1
 
+Cause = Literal["step", "probe", "evaluation", "killed", "device"]
+"""Why a run went on in a smaller layout: memory ran out in a step, in the trial before the first step or in an
+evaluation, or the worker before this one was killed or lost its card."""
+
 
 class _Event(msgspec.Struct, frozen=True, tag_field="type", omit_defaults=True, kw_only=True):
     time: float = 0.0
@@ -31,6 +35,8 @@ class Started(_Event, frozen=True, kw_only=True, tag="started", omit_defaults=Fa
     """Name of the device."""
     versions: dict[str, str]
     """Package → version."""
+    rss_bytes: int | None = None
+    """Anonymous and shared resident bytes of the process after its imports, before anything is loaded."""
 
 
 class PhaseChanged(_Event, frozen=True, kw_only=True, tag="phase"):
@@ -61,7 +67,9 @@ class StepDone(_Event, frozen=True, kw_only=True, tag="step"):
     live_bytes: int | None = None
     """Live tensor bytes, base included, after the step."""
     peak_bytes: int | None = None
-    """Highest measured so far in this process."""
+    """Highest measured so far in this process; see `MemoryMeasured.peak_bytes`."""
+    rss_bytes: int | None = None
+    """Anonymous and shared resident bytes of the process after the step."""
     eta_seconds: float | None = None
 
 
@@ -89,12 +97,17 @@ class MemoryMeasured(_Event, frozen=True, kw_only=True, tag="memory"):
     step: int
     phase: Literal["load", "train step", "evaluation", "save"]
     live_bytes: int
+    """Live tensor bytes now, base included."""
     peak_bytes: int
+    """Highest so far in this process: on the CPU live tensor bytes, on a card all that the process held of it."""
     reserved_bytes: int | None = None
-    """What the CUDA allocator holds; None on the CPU."""
+    """What the CUDA allocator held at most; None on the CPU."""
     rss_bytes: int | None = None
-    """Anonymous and shared resident bytes of the process."""
+    """Anonymous and shared resident bytes of the process now."""
     by_category: dict[Category, int] = {}
+    """What `peak_bytes` is made of; adds up to it."""
+    place: str = ""
+    """Where the peak was, such as `backward of layer 3`."""
 
 
 class CheckpointSaved(_Event, frozen=True, kw_only=True, tag="checkpoint"):
@@ -113,22 +126,23 @@ class Warned(_Event, frozen=True, kw_only=True, tag="warning"):
 
 
 class OutOfMemoryHit(_Event, frozen=True, kw_only=True, tag="oom"):
-    """Memory ran out inside a step or an evaluation."""
+    """Memory ran out inside a step, an evaluation, or the trial of the largest micro-batch before the first step."""
 
     step: int
-    phase: Literal["load", "train step", "evaluation", "save"]
+    phase: Literal["load", "train step", "evaluation", "save", "probe"]
     micro_batch_tokens: int
     message: str = ""
 
 
 class Recovered(_Event, frozen=True, kw_only=True, tag="recovered"):
-    """The same step goes on with a smaller layout."""
+    """The same work goes on with a smaller layout; what is learned does not change."""
 
     step: int
     what: str
     """What changed, in words."""
     micro_batch_tokens: int
     checkpointing: str
+    cause: Cause = "step"
 
 
 class Finished(_Event, frozen=True, kw_only=True, tag="finished"):
@@ -144,6 +158,17 @@ class Finished(_Event, frozen=True, kw_only=True, tag="finished"):
     tokens_per_second: float
     predicted_peak_bytes: int
     measured_peak_bytes: int
+    """On the CPU live tensor bytes, on a card all that the process held of it; over all workers of the run."""
+    measured_by_category: dict[Category, int] = {}
+    """What that is made of; adds up to it."""
+    measured_place: str = ""
+    """Where it was."""
+    live_peak_bytes: int | None = None
+    """Live tensor bytes at their highest; on the CPU the measured peak itself."""
+    reserved_peak_bytes: int | None = None
+    """What the CUDA allocator held at most; None on the CPU."""
+    rss_peak_bytes: int | None = None
+    """Anonymous and shared resident bytes at their highest, less those before anything was loaded."""
     train_loss: float | None = None
     eval_loss: float | None = None
     published: str = ""

@@ -28,6 +28,7 @@ WORKER = "train"
 _POLL_SECONDS = 0.05
 _SPARE_DISK_BYTES = 64 * MIB
 _TERMINATE_SECONDS = 10.0
+_REAP_SECONDS = 5.0
 _children: list[subprocess.Popen[bytes]] = []
 """Workers of this process, kept so that an ended one is reaped and never a zombie for long."""
 
@@ -73,7 +74,36 @@ def resume(run: RunFolder) -> None:
         raise BadInput(f"run {run.id} is finished", hint=f"Its adapter is {adapter}; train again for a new version")
     check_free_disk(plan)
     clear_request(run)
+    with disk_errors(run.rescued_file):
+        run.rescued_file.unlink(missing_ok=True)
     _await_lock(run, _start(run, plan.spec.device))
+
+
+def restart_smaller(run: RunFolder, ending: str) -> None:
+    """Starts the worker again with the next smaller layout; see `edgepeft.runs.rescue`.
+
+    Args:
+        run: a run without a worker.
+        ending: how the last one ended, as the worker's option `--smaller` spells it.
+
+    Raises:
+        EdgepeftError: the worker ended before it began.
+    """
+    _await_lock(run, _start(run, run.read_plan().spec.device, "--smaller", ending))
+
+
+def exit_code_of(run: RunFolder) -> int | None:
+    """The exit code of the run's latest worker, negative for a signal; None when another process started it.
+
+    Raises:
+        subprocess.TimeoutExpired: it has not ended.
+    """
+    launched = read_launched(run.launched_file)
+    for child in _children:
+        if launched is not None and child.pid == launched.pid:
+            # Its lock is free, so it is ending; what it leaves may still need a moment.
+            return child.wait(_REAP_SECONDS)
+    return None
 
 
 def stop(
@@ -98,6 +128,9 @@ def stop(
             waiting(state)
         time.sleep(0.2)
     if state.alive:
+        # Whoever follows the run must not take this end for a lack of memory.
+        with disk_errors(run.rescued_file):
+            run.rescued_file.touch()
         _terminate(run)
     return read_state(run)
 
@@ -120,12 +153,14 @@ def remove(run: RunFolder) -> None:
 
 
 def check_runs_here(plan: TrainPlan) -> None:
-    """Refuses a plan without data, or for a card of another machine.
+    """Refuses a plan without data, for a model that is not here, or for a card of another machine.
 
     Raises:
-        BadInput: the plan names no data, or a file that is gone.
+        BadInput: the plan names no data, or a file that is gone; it was made from a model's profile.
         DeviceUnusable: its card is not here.
     """
+    if not plan.spec.recipe.base.fingerprint:
+        raise _only_described(plan.spec.recipe.base.model)
     data = plan.spec.recipe.data.path
     if plan.data is None or not data:
         raise BadInput(
@@ -144,6 +179,19 @@ def check_runs_here(plan: TrainPlan) -> None:
             where="--gpu",
             hint="Take the plan to that machine, or plan for this one: leave --gpu out, or use --gpu cpu",
         )
+
+
+def _only_described(model: str) -> BadInput:
+    """The error for a plan whose model nobody has brought here."""
+    from edgepeft.models.described import described_model, how_to_get
+
+    profile = described_model(model)
+    bring = how_to_get(profile) if profile is not None else "Add the model with: edgepeft models add DIR"
+    return BadInput(
+        "the plan was made from a profile: the model itself is not on this disk, and edgepeft never downloads",
+        where=model,
+        hint=f"{bring} ; then plan with that name",
+    )
 
 
 def needed_disk_bytes(plan: TrainPlan) -> int:
@@ -185,7 +233,7 @@ def log_tail(run: RunFolder, lines: int = 20) -> list[str]:
     return [line.rstrip() for line in text.splitlines() if line.strip()][-lines:]
 
 
-def _start(run: RunFolder, device: str) -> subprocess.Popen[bytes]:
+def _start(run: RunFolder, device: str, *options: str) -> subprocess.Popen[bytes]:
     _children[:] = [child for child in _children if child.poll() is None]
     previous = read_launched(run.launched_file)
     launched = Launched(time=time.time())
@@ -194,7 +242,7 @@ def _start(run: RunFolder, device: str) -> subprocess.Popen[bytes]:
         with disk_errors(run.log_file), run.log_file.open("ab") as log:
             process = start_worker(
                 WORKER,
-                [str(run.path)],
+                [str(run.path), *options],
                 device=device,
                 detached=True,
                 stdout=log,

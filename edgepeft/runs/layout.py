@@ -50,6 +50,11 @@ class RunFolder(msgspec.Struct, frozen=True):
         return self.path / "launched.json"
 
     @property
+    def rescued_file(self) -> Path:
+        """Exists when a worker that was killed has been started again without being asked; once is enough."""
+        return self.path / "rescued"
+
+    @property
     def events_file(self) -> Path:
         """What the worker said, one event a line."""
         return self.path / "events.jsonl"

@@ -11,6 +11,7 @@ from typing import Literal
 import msgspec
 
 from edgepeft.errors import EdgepeftError
+from edgepeft.memory.breakdown import Category
 from edgepeft.runs.events import (
     CheckpointSaved,
     Evaluated,
@@ -250,6 +251,14 @@ class RunWatch:
         Raises:
             DiskProblem: a file of the run may not be read.
         """
+        events, state = self._poll()
+        if state.status == "lost":
+            # Or a worker took the lock after it was looked at, and spoke before its events were read.
+            more, state = self._poll()
+            events += more
+        return events, state
+
+    def _poll(self) -> tuple[list[Event], RunState]:
         launched, lock_held = look(self.run)
         events = self._follower.read()
         if self._follower.restarts != self._restarts:
@@ -258,6 +267,34 @@ class RunWatch:
         for event in events:
             self.folded.add(event)
         return events, self.folded.state(lock_held, launched=launched, skipped_lines=self._follower.skipped)
+
+
+class HighestMemory(msgspec.Struct, frozen=True):
+    """A run's memory at its highest point."""
+
+    peak_bytes: int
+    by_category: dict[Category, int]
+    """Adds up to that."""
+    place: str
+    """Where it was."""
+    rss_bytes: int | None = None
+    """Resident bytes of the process at their highest, less those before it loaded anything; known at the end."""
+
+
+def highest_memory(events: Iterable[Event]) -> HighestMemory | None:
+    """The highest memory that a run's events tell of by category; None where nothing was measured."""
+    highest: HighestMemory | None = None
+    for event in events:
+        found = None
+        if isinstance(event, MemoryMeasured) and event.by_category:
+            found = HighestMemory(event.peak_bytes, event.by_category, event.place)
+        elif isinstance(event, Finished) and event.measured_by_category:
+            found = HighestMemory(
+                event.measured_peak_bytes, event.measured_by_category, event.measured_place, event.rss_peak_bytes
+            )
+        if found is not None and (highest is None or found.peak_bytes >= highest.peak_bytes):
+            highest = found
+    return highest
 
 
 def look(run: RunFolder) -> tuple[Launched | None, bool]:
@@ -332,15 +369,19 @@ def summarise_run(run: RunFolder, tail_bytes: int = 1 << 14) -> RunSummary:
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         return _damaged(run, made_at, f"plan.json is damaged: {error}")
     try:
-        launched, lock_held = look(run)
-        events, _ = read_last_events(run.events_file, tail_bytes)
+        state = _state_of_tail(run, plan.steps, tail_bytes)
+        if state.status == "lost":
+            # As in `RunWatch.poll`.
+            state = _state_of_tail(run, plan.steps, tail_bytes)
     except (EdgepeftError, OSError) as error:
         return _damaged(run, made_at, str(error))
-    folded = RunFold(plan.steps)
-    for event in events:
-        folded.add(event)
-    state = folded.state(lock_held, launched=launched)
     return RunSummary(run.id, os.fspath(run), plan.adapter_name, plan.spec.recipe.base.model, made_at, state)
+
+
+def _state_of_tail(run: RunFolder, steps: int, tail_bytes: int) -> RunState:
+    launched, lock_held = look(run)
+    events, _ = read_last_events(run.events_file, tail_bytes)
+    return fold(events, lock_held, launched=launched, steps=steps)
 
 
 def _damaged(run: RunFolder, made_at: float | None, why: str) -> RunSummary:

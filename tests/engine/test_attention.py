@@ -46,7 +46,7 @@ def tensors(tokens: int, heads: int, kv_heads: int, dim: int, value_dim: int | N
 def test_equals_plain_attention(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], lengths: list[int], heads: int, kv_heads: int
 ) -> None:
-    monkeypatch.setattr(attention, "_ROWS", 8)
+    monkeypatch.setattr(attention, "ATTENTION_ROWS", 8)
     query, key, value = tensors(sum(lengths), heads, kv_heads, 16)
     expected = plain(query, key, value, lengths, 0.25, **options)
     weights = torch.randn(expected.shape)

@@ -169,7 +169,7 @@ def test_next_turn_reuses_the_prefix_and_answers_as_if_fresh(loaded: LoadedModel
 
 def test_long_prompt_is_read_in_pieces(loaded: LoadedModel, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = [(7 * index) % 250 for index in range(90)]
-    monkeypatch.setattr(generate_module, "_PREFILL_TOKENS", 16)
+    monkeypatch.setattr(generate_module, "PREFILL_TOKENS", 16)
     expected = reference(tiny_model, prompt)
     assert generate(Session(loaded), prompt, STOPS, GREEDY).ids == expected
     answers = generate_batch(Session(loaded), [prompt, PROMPTS[0]], STOPS, GREEDY)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, BitsAndBytesConfig
 
+from edgepeft.engine.ledger import LiveBytes
 from edgepeft.engine.methods import attach, set_active
 from edgepeft.engine.model.checkpoint import open_checkpoint
 from edgepeft.engine.model.frozen import DTYPES, DenseWeight, Int8Weight, Nf4Weight
@@ -123,6 +124,15 @@ def test_the_ledger_counts_every_live_byte_once(tiny_model: Path, precision: Any
     assert sum(loaded.bytes_by_category().values()) == sum(storages.values()) - shared_map + loaded.workspace.nbytes
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_mapped_files_count_nothing_while_loading(tmp_path: Path, precision: Any) -> None:
+    folder = write_tiny_model(tmp_path / "wide", vocab_size=20_000)
+    with LiveBytes(CPU, others=False) as ledger:
+        loaded = load(folder, precision, "bf16")
+    assert ledger.live_bytes == sum(loaded.bytes_by_category().values())
+    assert ledger.peak_bytes <= 1.01 * ledger.live_bytes
+
+
 def test_nothing_refers_to_the_source_files(tiny_model: Path) -> None:
     loaded = load(tiny_model, "bf16", "bf16")
     before = logits(loaded.model)
@@ -185,7 +195,7 @@ def test_incomplete_weights_are_refused_by_name(tiny_model: Path, change: Any, m
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone", "config"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "config", "heads"])
 def test_unreadable_files_are_one_line(tiny_model: Path, damage: str) -> None:
     entry = ensure_model(str(tiny_model))
     weights = tiny_model / "model.safetensors"
@@ -193,6 +203,9 @@ def test_unreadable_files_are_one_line(tiny_model: Path, damage: str) -> None:
         weights.write_bytes(weights.read_bytes()[:-1000])
     elif damage == "gone":
         weights.unlink()
+    elif damage == "heads":
+        config = Path(entry.folder) / "config.json"
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"num_attention_heads": 3}))
     else:
         (Path(entry.folder) / "config.json").write_text("{")
     with pytest.raises(BadInput) as caught:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import math
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,13 @@ from safetensors.torch import load_file
 
 from edgepeft.data.prepare import describe_data, prepare
 from edgepeft.data.schedule import step_samples
+from edgepeft.engine.ledger import LiveBytes
 from edgepeft.engine.methods import attach, set_active
 from edgepeft.engine.model.load import load_model
-from edgepeft.engine.training import loop
+from edgepeft.engine.training import loop, reading
 from edgepeft.engine.training import step as step_module
 from edgepeft.engine.training.batches import read_samples
-from edgepeft.engine.training.loss import summed_loss
-from edgepeft.engine.training.memory import LiveBytes, MemoryGauge
+from edgepeft.engine.training.memory import MemoryGauge
 from edgepeft.engine.training.optimizer import FiniteWatch, learning_rate_at
 from edgepeft.engine.training.step import StepRunner
 from edgepeft.engine.training.stopping import StopRun
@@ -36,15 +35,14 @@ from edgepeft.runs.events import (
     Evaluated,
     Finished,
     MemoryMeasured,
-    OutOfMemoryHit,
     PhaseChanged,
-    Recovered,
     Started,
     StepDone,
     Warned,
 )
 from edgepeft.runs.layout import RunFolder
 from edgepeft.spec import Layout
+from out_of_memory import fail_at
 from training_runs import of_type, tiny_base, tiny_plan, tiny_run, train, write_data
 
 LAYOUT = Layout(micro_batch_tokens=160, loss_chunk_tokens=16)
@@ -255,17 +253,12 @@ def test_stop_and_resume_is_bit_identical(tmp_path: Path, base: ModelEntry, drop
 
 def train_until(run: RunFolder, step: int) -> list[Any]:
     """Asks to stop once `step` is done."""
-    from edgepeft.engine.training.stopping import StopRequests
 
-    events: list[Any] = []
-
-    def emit(event: Any) -> None:
-        events.append(event)
+    def stop(event: Any) -> None:
         if isinstance(event, StepDone) and event.step == step:
             request(run, "stop")
 
-    loop.run_training(run, emit, StopRequests(run))
-    return events
+    return train(run, stop)
 
 
 def test_a_checkpoint_can_be_asked_for(tmp_path: Path, base: ModelEntry) -> None:
@@ -276,76 +269,22 @@ def test_a_checkpoint_can_be_asked_for(tmp_path: Path, base: ModelEntry) -> None
     assert all((run.path / saved.path / "state.json").is_file() for saved in of_type(events, CheckpointSaved))
 
 
-def fail_at(monkeypatch: pytest.MonkeyPatch, calls: set[int], error: Callable[[], Exception] | None = None) -> None:
-    """Lets the loss of these micro-batches, counted from 0, run out of memory."""
-    real, count = summed_loss, -1
-
-    def failing(*arguments: Any) -> torch.Tensor:
-        nonlocal count
-        count += 1
-        if count in calls:
-            raise (error or allocator_error)()
-        return real(*arguments)
-
-    monkeypatch.setattr(step_module, "summed_loss", failing)
-
-
-def allocator_error() -> Exception:
-    return RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory")
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        allocator_error,
-        MemoryError,
-        lambda: torch.OutOfMemoryError("CUDA out of memory."),
-        lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
-    ],
-)
-def test_out_of_memory_redoes_the_same_step(
-    tmp_path: Path, base: ModelEntry, monkeypatch: pytest.MonkeyPatch, error: Callable[[], Exception]
-) -> None:
-    calm = train(tiny_run(tmp_path, base, "calm"))
-    # Step 1 has several micro-batches: the gradient of the first must not survive the failure of the second.
-    fail_at(monkeypatch, {1}, error)
-    run = tiny_run(tmp_path, base, "hit")
-    events = train(run)
-    (hit,) = of_type(events, OutOfMemoryHit)
-    (recovered,) = of_type(events, Recovered)
-    assert (hit.step, hit.micro_batch_tokens) == (1, 160)
-    assert recovered.micro_batch_tokens <= 80
-    assert [found.loss for found in of_type(events, StepDone)] == pytest.approx(
-        [found.loss for found in of_type(calm, StepDone)], rel=1e-4
-    )
-    assert [found.learning_rate for found in of_type(events, StepDone)] == [
-        found.learning_rate for found in of_type(calm, StepDone)
-    ]
-    assert of_type(events, CheckpointSaved)[0].step == 0
-    card = resolve_adapter("hit@v1").card
-    assert card is not None
-    assert card.layout.micro_batch_tokens == recovered.micro_batch_tokens
-
-
-def test_out_of_memory_without_a_smaller_layout_says_what_would_help(
-    tmp_path: Path, base: ModelEntry, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fail_at(monkeypatch, set(range(1000)))
-    with pytest.raises(OutOfMemory, match="--max-seq-len"):
-        train(tiny_run(tmp_path, base, checkpointing="none"))
-
-
 def test_a_bad_loss_is_skipped_and_told(tmp_path: Path, base: ModelEntry, monkeypatch: pytest.MonkeyPatch) -> None:
-    real, count = step_module.summed_loss, 0
+    real, bad = step_module.summed_loss, 0
 
     def sometimes_nan(*arguments: Any) -> torch.Tensor:
-        nonlocal count
-        count += 1
-        return real(*arguments) * (math.nan if count == 1 else 1.0)
+        nonlocal bad
+        bad -= 1
+        return real(*arguments) * (math.nan if bad == 0 else 1.0)
+
+    def first_step(event: Any) -> None:
+        nonlocal bad
+        if isinstance(event, PhaseChanged) and event.detail == "the first step":
+            bad = 1
 
     monkeypatch.setattr(step_module, "summed_loss", sometimes_nan)
     run = tiny_run(tmp_path, base, max_steps=2)
-    events = train(run)
+    events = train(run, first_step)
     assert [found.step for found in of_type(events, Warned)] == [1]
     first, second = of_type(events, StepDone)
     assert math.isnan(first.loss)
@@ -368,7 +307,7 @@ def test_five_bad_steps_end_the_run_with_a_diagnosis(
 def test_a_step_without_anything_to_learn_changes_nothing(
     tmp_path: Path, base: ModelEntry, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "read_samples", lambda table, indices: [])
+    monkeypatch.setattr(reading, "read_samples", lambda table, indices: [])
     events = train(tiny_run(tmp_path, base, max_steps=2))
     assert [(done.trained_tokens, done.grad_norm) for done in of_type(events, StepDone)] == [(0, 0.0), (0, 0.0)]
     assert of_type(events, Finished)[0].train_loss is None
@@ -380,7 +319,7 @@ def test_a_token_without_embedding_is_refused_by_line(
     def beyond(table: Any, indices: Any) -> Any:
         return [sample._replace(ids=sample.ids + 200) for sample in read_samples(table, indices)]
 
-    monkeypatch.setattr(loop, "read_samples", beyond)
+    monkeypatch.setattr(reading, "read_samples", beyond)
     with pytest.raises(BadInput, match=r"line \d+ has token \d+, and the model has 260 embeddings"):
         train(tiny_run(tmp_path, base))
 
@@ -392,15 +331,16 @@ def test_stopped_in_the_last_evaluation_it_is_made_up_for(
     real = StepRunner.evaluate
     calls = 0
 
-    def second_is_stopped(*arguments: Any) -> Any:
+    def last_is_stopped(*arguments: Any, **options: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == 2:
+        # The first is the probe's, the second that of step 4.
+        if calls == 3:
             raise StopRun
-        return real(*arguments)
+        return real(*arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(StepRunner, "evaluate", second_is_stopped)
+        patch.setattr(StepRunner, "evaluate", last_is_stopped)
         assert of_type(train(run), Finished)[0].stopped
     events = train(run)
     assert [found.step for found in of_type(events, Evaluated)] == [6]
@@ -479,7 +419,9 @@ def test_checkpointing_saves_memory(tmp_path: Path, base: ModelEntry) -> None:
         held = counter.live_bytes - setup.loaded.bytes_by_category()["frozen weights"]
     for mode in ("none", "layer"):
         setup.gauge.peak_bytes = 0
-        setup.gauge.forget_sizes()
-        setup.gradients(Layout(micro_batch_tokens=10**6, checkpointing=mode, loss_chunk_tokens=8))  # type: ignore[arg-type]
+        layout = Layout(micro_batch_tokens=10**6, checkpointing=mode, loss_chunk_tokens=8)  # type: ignore[arg-type]
+        setup.runner.train(setup.samples, layout, 0, watch_all=True)
+        for parameter in setup.adapter.named_parameters().values():
+            parameter.grad = None
         peaks.append(setup.gauge.peak_bytes - held)
     assert peaks[1] < 0.8 * peaks[0]

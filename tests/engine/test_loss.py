@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from edgepeft.engine.ledger import LiveBytes
 from edgepeft.engine.training import loss as loss_module
 from edgepeft.engine.training.loss import Head, check_head, head_of, summed_loss
-from edgepeft.engine.training.memory import LiveBytes
 from edgepeft.errors import BadInput
 
 TOKENS, WIDTH, VOCABULARY = 37, 24, 101
@@ -39,7 +39,7 @@ def plain(hidden: Tensor, head: Head, rows: Tensor, targets: Tensor) -> Tensor:
 def test_value_and_gradient(
     monkeypatch: pytest.MonkeyPatch, chunk: int, options: dict[str, float], biased: bool
 ) -> None:
-    monkeypatch.setattr(loss_module, "_BLOCK_BYTES", {"cpu": 4 * VOCABULARY * 2})
+    monkeypatch.setattr(loss_module, "LOSS_SCRATCH_BYTES", {"cpu": 4 * VOCABULARY * 2})
     hidden, weight, bias, rows, targets = inputs()
     head = Head(weight, bias if biased else None, **options)
     expected = plain(hidden, head, rows, targets)

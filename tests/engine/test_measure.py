@@ -22,6 +22,17 @@ def test_throughput_is_work_over_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert 0.5 * 2e6 / 0.01 < flops <= 2e6 / 0.01
 
 
+@pytest.mark.parametrize(("slow", "best"), [(torch.bfloat16, "fp32"), (torch.float32, "bf16")])
+def test_the_cpu_is_measured_in_the_dtype_that_it_is_fast_in(
+    monkeypatch: pytest.MonkeyPatch, slow: torch.dtype, best: str
+) -> None:
+    def flops(device: torch.device, dtype: torch.dtype, *, size: int, seconds: float = 1.0) -> float:
+        return 1e9 if dtype == slow else 1e12
+
+    monkeypatch.setattr(worker, "matmul_flops", flops)
+    assert worker.best_matmul(CPU) == (1e12, best)
+
+
 def test_the_disk_is_written_and_left_clean(tmp_path: Path) -> None:
     written, _ = worker.disk_bytes_per_s(tmp_path / "new", 16 * MIB)
     assert written is not None
@@ -42,7 +53,7 @@ def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Mon
 def test_the_cpu_is_measured_in_a_process_of_its_own() -> None:
     phases: list[str] = []
     found = measure("cpu", phases.append)
-    assert phases == ["matrix products in bf16", "copies in memory", "the disk"]
+    assert phases == ["matrix products", "copies in memory", "the disk"]
     assert found.matmul_flops > 1e8
     assert found.memory_bytes_per_s > 1e8
     assert found.host_to_device_bytes_per_s is None

@@ -16,7 +16,7 @@ import pytest
 from edgepeft.errors import BadInput, ExitCode, OutOfMemory
 from edgepeft.paths import home
 from edgepeft.runs import launch as launching
-from edgepeft.runs.events import Finished, Started, StepDone
+from edgepeft.runs.events import Finished, Recovered, Started, StepDone
 from edgepeft.runs.events_file import read_events
 from edgepeft.runs.layout import RunFolder, list_runs, open_run
 from edgepeft.runs.lock import is_locked
@@ -77,6 +77,14 @@ def command(*arguments: str, steps: int = 6) -> subprocess.Popen[str]:
 def finish(process: subprocess.Popen[str], seconds: float = 30.0) -> tuple[int, str, str]:
     out, err = process.communicate(timeout=seconds)
     return process.returncode, out, err
+
+
+def followed(run_id: str) -> subprocess.Popen[str]:
+    """A follower that has told its first step."""
+    process = command("runs", "attach", run_id)
+    assert process.stderr is not None
+    assert process.stderr.readline().startswith("Step")
+    return process
 
 
 def test_a_launched_run_finishes_alone() -> None:
@@ -232,17 +240,85 @@ def test_a_failing_run_gives_its_exit_code(monkeypatch: pytest.MonkeyPatch) -> N
     assert out.startswith("Trained")
 
 
-def test_attach_sees_the_worker_die(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_followed_worker_that_is_killed_goes_on_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOY_KILLED", "4")
+    code, out, err = finish(command("train", "--name", "oom"))
+    assert code == 0, err
+    assert "The worker was killed, probably for lack of memory." in err
+    assert "from its checkpoint of step 2 with a smaller layout; Ctrl-C stops it." in err
+    assert "step 3 begins with a smaller layout, nothing lost: half" in err
+    assert out.startswith("Trained")
+    events = read_events(open_run("oom-1").events_file)
+    assert [event.step for event in events if isinstance(event, Started)] == [0, 2]
+    assert [event.cause for event in events if isinstance(event, Recovered)] == ["killed"]
+
+
+def test_killed_twice_it_is_lost_with_a_hint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOY_KILLED", "4,5")
+    code, _, err = finish(command("train", "--name", "twice"))
+    assert code == ExitCode.INTERRUPTED
+    assert "run twice-1 is lost at step 4 of 6: its worker was killed once more, in a smaller layout" in err
+    assert "--budget" in err
+    assert "edgepeft runs resume twice-1" in err
+    run = open_run("twice-1")
+    assert sum(isinstance(event, Started) for event in read_events(run.events_file)) == 2
+    # Resumed by a person, it may be saved by itself once more.
+    monkeypatch.setenv("TOY_KILLED", "6")
+    code, _, err = finish(command("runs", "resume", "twice-1"))
+    assert code == ExitCode.DONE, err
+    assert "goes on by itself" in err
+    assert sum(isinstance(event, Started) for event in read_events(run.events_file)) == 4
+
+
+def test_a_card_that_fails_is_tried_again_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOY_CARD_FAILS", "3")
+    code, _, err = finish(command("train", "--name", "card"))
+    assert code == 0, err
+    assert "The card failed (CUDA error: the card fell off)." in err
+    monkeypatch.setenv("TOY_CARD_FAILS", "3,4")
+    code, _, err = finish(command("train", "--name", "cards"))
+    assert code == ExitCode.DEVICE
+    assert "run cards-1 failed: CUDA error: the card fell off" in err
+
+
+def test_whoever_follows_a_run_started_elsewhere_saves_it_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOY_STEP_SECONDS", "0.1")
     run = launching.launch(toy_plan(steps=500), "dies")
-    process = command("runs", "attach", "dies-1")
-    wait_for(lambda: read_state(run).step >= 2)
-    time.sleep(1.0)
+    processes = [followed("dies-1") for _ in range(2)]
     kill_worker(run)
-    code, _, err = finish(process)
+    wait_for(lambda: sum(isinstance(event, Started) for event in read_events(run.events_file)) == 2)
+    kill_worker(run)
+    ended = [finish(process) for process in processes]
+    # One of the two started it again, and both went on following.
+    assert [code for code, _, _ in ended] == [ExitCode.INTERRUPTED] * 2
+    assert sum("goes on by itself" in err for _, _, err in ended) == 1
+    assert all("killed once more" in err for _, _, err in ended)
+    begun = [event for event in read_events(run.events_file) if isinstance(event, Started)]
+    assert len(begun) == 2
+
+
+def test_a_run_that_is_lost_already_is_only_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOY_STEP_SECONDS", "0.1")
+    run = launching.launch(toy_plan(steps=500), "gone")
+    wait_for(lambda: read_state(run).step >= 2)
+    kill_worker(run)
+    code, _, err = finish(command("runs", "attach", "gone-1"))
     assert code == ExitCode.INTERRUPTED
-    assert "run dies-1 is lost" in err
-    assert "edgepeft runs resume dies-1" in err
+    assert "run gone-1 is lost" in err
+    assert sum(isinstance(event, Started) for event in read_events(run.events_file)) == 1
+
+
+def test_a_worker_that_did_not_stop_in_time_is_not_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TOY_DEAF", "1")
+    monkeypatch.setenv("TOY_STEP_SECONDS", "0.2")
+    monkeypatch.setattr(launching, "_TERMINATE_SECONDS", 0.3)
+    run = launching.launch(toy_plan(steps=1000), "deaf")
+    follower = followed("deaf-1")
+    assert launching.stop(run, 0.3).status == "lost"
+    code, _, err = finish(follower)
+    assert code == ExitCode.INTERRUPTED
+    assert "goes on by itself" not in err
+    assert not is_locked(run)
 
 
 def test_the_commands_agree_on_a_run(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,15 +6,17 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from edgepeft.cli.attach import attach
 from edgepeft.library.store import resolve_adapter
 from edgepeft.plan.build import build
 from edgepeft.plan.train_plan import TrainPlan
-from edgepeft.runs.events import CheckpointSaved, Finished, Started, StepDone
+from edgepeft.runs.events import CheckpointSaved, Finished, Recovered, Started, StepDone
 from edgepeft.runs.events_file import read_events
 from edgepeft.runs.launch import launch, log_tail, resume, stop
 from edgepeft.runs.layout import RunFolder, list_runs
@@ -84,6 +86,30 @@ def test_kill_is_lost_and_resume_finishes_what_was_begun(plan: TrainPlan) -> Non
     assert adapter.card is not None
     assert adapter.card.run == run.id
     wait_for(run, lambda: not is_locked(run))
+
+
+def test_a_followed_worker_that_is_killed_finishes_in_a_smaller_layout(plan: TrainPlan) -> None:
+    run = launch(plan, "followed")
+
+    def kill() -> None:
+        wait_for(run, lambda: read_state(run).step >= 7)
+        launched = read_launched(run.launched_file)
+        assert launched is not None
+        assert launched.pid is not None
+        os.kill(launched.pid, signal.SIGKILL)
+
+    with ThreadPoolExecutor(1) as pool:
+        killed = pool.submit(kill)
+        code = attach(run, plan)
+        killed.result()
+    assert code == 0, log_tail(run)
+    events = read_events(run.events_file)
+    assert sum(isinstance(event, Started) for event in events) == 2
+    (recovered,) = (event for event in events if isinstance(event, Recovered))
+    assert recovered.cause == "killed"
+    assert recovered.micro_batch_tokens < plan.spec.layout.micro_batch_tokens
+    assert read_state(run).status == "finished"
+    assert resolve_adapter("followed").card is not None
 
 
 def test_stop_saves_what_there_is(plan: TrainPlan) -> None:

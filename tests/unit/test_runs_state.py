@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from edgepeft.runs import state as state_module
 from edgepeft.runs.events import CheckpointSaved, Evaluated, Event, Failed, Finished, PhaseChanged, Started
 from edgepeft.runs.events_file import encode_event
 from edgepeft.runs.layout import RunFolder, create_run
@@ -31,6 +32,16 @@ FINISHED = Finished(
     published="n@v1",
 )
 FAILED = Failed(message="the disk is full", exit_code=7, step=2)
+
+
+def test_a_worker_that_begins_between_two_looks_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = create_run(toy_plan(), "n")
+    run.events_file.write_bytes(encode_event(at(1000.0, STARTED)))
+    # The lock was looked at before the worker took it, and the events were read after it had spoken.
+    looks = iter([False, True, False, True])
+    monkeypatch.setattr(state_module, "is_locked", lambda run: next(looks))
+    assert read_state(run).status == "running"
+    assert summarise_run(run).state.status == "running"
 
 
 def test_a_finished_run() -> None:

@@ -19,9 +19,8 @@ from edgepeft.engine.inference.sampling import Sampler
 from edgepeft.engine.inference.session import KeptPrefix, Session
 from edgepeft.engine.training.recovery import is_out_of_memory
 from edgepeft.errors import BadInput, DoesNotFit, OutOfMemory
+from edgepeft.memory.chunks import BATCH_PREFILL, PREFILL_TOKENS
 
-_PREFILL_TOKENS = 512
-"""Prompt tokens that go through the model at once; bounds memory, and a cancel waits no longer than one of them."""
 _COMPACT_SHARE = 0.75
 """Finished rows are cut out of the cache when at most this share of its rows still speaks; cutting copies the rest."""
 
@@ -174,7 +173,7 @@ def _read_prompt(session: Session, prefix: KeptPrefix, prompt_ids: list[int], ca
     while len(prefix.ids) < len(prompt_ids):
         if cancelled():
             return None
-        chunk = prompt_ids[len(prefix.ids) : len(prefix.ids) + _PREFILL_TOKENS]
+        chunk = prompt_ids[len(prefix.ids) : len(prefix.ids) + PREFILL_TOKENS]
         logits = _forward(session, torch.tensor([chunk]), prefix.cache)[0]
         prefix.ids += chunk
     return logits
@@ -202,7 +201,7 @@ def _answer_batch(
     positions = (mask.cumsum(1) - 1).clamp_(min=0)
     cache = DynamicCache()
     begun = time.perf_counter()
-    step = max(1, _PREFILL_TOKENS * 4 // len(batch))
+    step = max(1, PREFILL_TOKENS * BATCH_PREFILL // len(batch))
     logits = torch.empty(0)
     for start in range(0, width, step):
         if cancelled():

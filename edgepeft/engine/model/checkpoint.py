@@ -7,16 +7,18 @@ taken over as it is; FP8 and MXFP4 are dequantized. Of a vision-language model o
 from __future__ import annotations
 
 import functools
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from edgepeft.engine.ledger import lie_in_files
 from edgepeft.engine.model.frozen import (
-    ABSMAX_BLOCK,
     FrozenWeight,
     Int8Weight,
     Nf4Weight,
@@ -24,6 +26,8 @@ from edgepeft.engine.model.frozen import (
     bitsandbytes_functional,
 )
 from edgepeft.errors import BadInput
+from edgepeft.memory.chunks import ABSMAX_BLOCK
+from edgepeft.models.headers import read_headers, weight_files
 from edgepeft.models.store import ModelEntry
 from edgepeft.spec import Precision
 
@@ -33,19 +37,29 @@ TAKEN_OVER = frozenset({"bitsandbytes"})
 """Quantization methods of checkpoints whose data is used as it is."""
 
 
-def open_checkpoint(entry: ModelEntry, dtype: torch.dtype) -> PreTrainedModel:
-    """The causal language model of `entry` on the CPU, its weights memory-mapped where the files allow it.
+class OpenedModel(NamedTuple):
+    """A model as it comes from its files."""
+
+    model: PreTrainedModel
+    """On the CPU, its weights memory-mapped where the files allow it."""
+    merged: list[Tensor]
+    """Parameters that were made of several tensors of the files, such as all experts of a layer: they are maps of no
+    file."""
+
+
+def open_checkpoint(entry: ModelEntry, dtype: torch.dtype) -> OpenedModel:
+    """The causal language model of `entry`.
 
     `dtype` is what dequantized checkpoints are read into; others keep the dtype of their files.
 
     Raises:
         BadInput: files are missing or damaged, tensors are missing or misshaped, or the kind is not supported.
     """
-    _silence_transformers()
+    silence_transformers()
     where = entry.weights
     try:
         config = AutoConfig.from_pretrained(entry.folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, StrictDataclassError) as error:
         raise BadInput(f"its config cannot be used: {_first_line(error)}", where=entry.folder, hint=_ANEW) from error
     method = _prepare_quantization(config, where)
     vision = type(config) not in AutoModelForCausalLM._model_mapping
@@ -65,8 +79,14 @@ def open_checkpoint(entry: ModelEntry, dtype: torch.dtype) -> PreTrainedModel:
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise BadInput(f"its weights cannot be read: {_first_line(error)}", where=where, hint=_ANEW) from error
     _check_complete(found, where)
-    _drop_other_towers(model)
-    return model
+    drop_other_towers(model)
+    merged: list[Tensor] = []
+    if method is None:
+        stored = {header.shape for header in read_headers(weight_files(Path(where))).values()}
+        merged = [parameter for parameter in model.parameters() if tuple(parameter.shape) not in stored]
+    if method not in DEQUANTIZED:
+        lie_in_files([parameter for parameter in model.parameters() if not any(parameter is own for own in merged)])
+    return OpenedModel(model, merged)
 
 
 def take_weight(linear: Any, precision: Precision, workspace: Workspace) -> FrozenWeight | Tensor:
@@ -144,7 +164,7 @@ def _check_complete(found: Any, where: str) -> None:
         raise BadInput(f"a tensor has another shape than config.json says: {misshaped[0]}", where=where, hint=_ANEW)
 
 
-def _drop_other_towers(model: PreTrainedModel) -> None:
+def drop_other_towers(model: PreTrainedModel) -> None:
     """Keeps decoder and head alone; the forward of vision-language models skips what is None without an image."""
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     kept = {id(module) for root in (decoder, head) if root is not None for module in root.modules()}
@@ -163,7 +183,7 @@ def _drop_other_towers(model: PreTrainedModel) -> None:
 
 
 @functools.cache
-def _silence_transformers() -> None:
+def silence_transformers() -> None:
     """No progress bars and no remarks: a worker's output belongs to its protocol, and errors are raised."""
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

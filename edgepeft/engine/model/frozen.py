@@ -15,19 +15,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from edgepeft.engine.kernels import dequantize_4bit, one_of, target_of, to_device
+from edgepeft.engine.ledger import assign
 from edgepeft.memory.breakdown import Category
+from edgepeft.memory.chunks import ABSMAX_BLOCK, CPU_CHUNK, NF4_BLOCK
 from edgepeft.spec import ComputeDtype, Precision
 
 DTYPES: dict[ComputeDtype, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """The torch dtype of each name that a recipe uses."""
-
-NF4_BLOCK = 64
-"""Consecutive entries that share one absmax (Dettmers et al. 2023, arXiv 2305.14314)."""
-ABSMAX_BLOCK = 256
-"""Absmax values that share one second-level absmax in double quantization."""
-CPU_CHUNK = 1 << 20
-"""Entries that are quantized or dequantized at one time on the CPU; a multiple of NF4_BLOCK. It bounds the transient
-memory of quantizing (14 bytes an entry) and keeps what is dequantized in the cache until it is copied."""
 
 
 class Workspace:
@@ -41,6 +36,7 @@ class Workspace:
         self.device = device
         self.dtype = dtype
         self._buffer = torch.empty(0, dtype=dtype, device=device)
+        self._dynamic_map: Tensor | None = None
 
     def reserve(self, elements: int) -> None:
         """Grows the buffer to hold `elements` entries."""
@@ -48,6 +44,8 @@ class Workspace:
             # The old buffer goes first: both together would be a peak of their own.
             self._buffer = torch.empty(0, dtype=self.dtype, device=self.device)
             self._buffer = torch.empty(elements, dtype=self.dtype, device=self.device)
+            # Born in whatever needed it first, it stays.
+            assign([self._buffer], "workspace")
 
     def borrow(self, shape: tuple[int, int]) -> Tensor:
         """A contiguous matrix of `shape`, uninitialised, valid until the next call."""
@@ -59,6 +57,13 @@ class Workspace:
     def nbytes(self) -> int:
         """Bytes held now."""
         return self._buffer.nbytes
+
+    @property
+    def dynamic_map(self) -> Tensor:
+        """The 256 values of the 8-bit dynamic type, float32; one tensor for all matrices."""
+        if self._dynamic_map is None:
+            self._dynamic_map = torch.tensor(dynamic_values(), dtype=torch.float32, device=self.device)
+        return self._dynamic_map
 
 
 class FrozenWeight(Protocol):
@@ -84,8 +89,8 @@ class FrozenWeight(Protocol):
         """A hint that the weight is needed soon; does nothing unless it is streamed."""
         ...
 
-    def nbytes_by_category(self) -> dict[Category, int]:
-        """Bytes held, without the shared workspace."""
+    def tensors_by_category(self) -> dict[Category, list[Tensor]]:
+        """What is held, without what all matrices share."""
         ...
 
 
@@ -101,7 +106,7 @@ class DenseWeight:
     def matmul(self, x: Tensor) -> Tensor:
         """`x @ W.T`."""
         values = self._in_compute_dtype()
-        if x.device.type == "cpu" and x.element_size() == 2 and x.numel() == x.shape[-1]:
+        if target_of(x.device).kind == "cpu" and x.element_size() == 2 and x.numel() == x.shape[-1]:
             # One row in 16 bit: torch's matrix-vector product reads the weights faster than its matrix product.
             return torch.mv(values, x.reshape(-1)).view(*x.shape[:-1], -1)
         return F.linear(x, values)
@@ -118,9 +123,9 @@ class DenseWeight:
     def prefetch(self) -> None:
         """Nothing: it is here."""
 
-    def nbytes_by_category(self) -> dict[Category, int]:
+    def tensors_by_category(self) -> dict[Category, list[Tensor]]:
         """The values."""
-        return {"frozen weights": self.values.nbytes}
+        return {"frozen weights": [self.values]}
 
     def _in_compute_dtype(self) -> Tensor:
         if self.values.dtype == self._workspace.dtype:
@@ -167,27 +172,30 @@ class Nf4Weight:
         On the CPU this goes chunk by chunk and gives the same bits as quantizing at once: blocks do not reach over
         chunks, and the second level is made from all absmax values together, as its offset is their mean.
         """
-        functional = bitsandbytes_functional()
+        bitsandbytes_functional()
         shape = (int(weight.shape[0]), int(weight.shape[1]))
         source = weight.detach()
         flat = (source if source.dtype in DTYPES.values() else source.float()).reshape(-1)
         device = workspace.device
-        if device.type != "cpu":
+        if target_of(device).kind != "cpu":
             chunk = max(chunk, flat.numel())
         if chunk % NF4_BLOCK:
             raise ValueError(f"a chunk of {chunk} entries would cut a block of {NF4_BLOCK}")
         packed = torch.empty((flat.numel() + 1) // 2, dtype=torch.uint8, device=device)
         absmax = torch.empty(-(-flat.numel() // NF4_BLOCK), dtype=torch.float32, device=device)
-        for start in range(0, flat.numel(), chunk):
+        for start in one_of(range(0, flat.numel(), chunk)):
             end = min(start + chunk, flat.numel())
             codes, scales = torch.ops.bitsandbytes.quantize_4bit.default(
-                flat[start:end].to(device), NF4_BLOCK, "nf4", torch.uint8
+                to_device(flat[start:end], device), NF4_BLOCK, "nf4", torch.uint8
             )
             packed[start // 2 : (end + 1) // 2] = codes.reshape(-1)
             absmax[start // NF4_BLOCK : -(-end // NF4_BLOCK)] = scales
+            del codes, scales
         offset = absmax.mean()
-        coded, state = functional.quantize_blockwise(absmax - offset, blocksize=ABSMAX_BLOCK)
-        return cls(packed, coded, (state.absmax, _dynamic_map(device), offset), shape, workspace)
+        codes_of_absmax, nested = torch.ops.bitsandbytes.quantize_blockwise.default(
+            absmax - offset, workspace.dynamic_map, ABSMAX_BLOCK
+        )
+        return cls(packed, codes_of_absmax, (nested, workspace.dynamic_map, offset), shape, workspace)
 
     def matmul(self, x: Tensor) -> Tensor:
         """`x @ W.T` on dequantized values."""
@@ -202,23 +210,19 @@ class Nf4Weight:
         _check_out(self.shape, out)
         bitsandbytes_functional()
         absmax = self._absmax()
-        if out.device.type == "cpu":
+        if target_of(out.device).kind == "cpu":
             self._dequantize_on_cpu(absmax, out.view(-1))
         else:
-            torch.ops.bitsandbytes.dequantize_4bit.out(
-                self.packed, absmax, self.block, "nf4", out.shape, out.dtype, out=out
-            )
+            dequantize_4bit(self.packed, absmax, self.block, out)
         return out
 
     def prefetch(self) -> None:
         """Nothing: it is here."""
 
-    def nbytes_by_category(self) -> dict[Category, int]:
+    def tensors_by_category(self) -> dict[Category, list[Tensor]]:
         """Codes, and the constants without the map of 256 values that all matrices share."""
-        constants = self.absmax.nbytes
-        if self.nested is not None:
-            constants += self.nested[0].nbytes + self.nested[2].nbytes
-        return {"frozen weights": self.packed.nbytes, "quantization constants": constants}
+        nested = [] if self.nested is None else [self.nested[0], self.nested[2]]
+        return {"frozen weights": [self.packed], "quantization constants": [self.absmax, *nested]}
 
     def _absmax(self) -> Tensor:
         if self.nested is None:
@@ -235,7 +239,7 @@ class Nf4Weight:
         dequantize = torch.ops.bitsandbytes.dequantize_4bit.default
         block, count = self.block, flat.numel()
         whole = count - count % block
-        for start in range(0, whole, CPU_CHUNK):
+        for start in one_of(range(0, whole, CPU_CHUNK)):
             end = min(start + CPU_CHUNK, whole)
             values = dequantize(
                 self.packed[start // 2 : end // 2],
@@ -246,6 +250,7 @@ class Nf4Weight:
                 flat.dtype,
             )
             flat[start:end].view(-1, block).copy_(values)
+            del values
         if whole < count:
             rest = self.packed[whole // 2 :]
             values = dequantize(rest, absmax[whole // block :], block, "nf4", (1, 2 * rest.numel()), flat.dtype)
@@ -277,11 +282,12 @@ class Int8Weight:
         codes = torch.empty(source.shape, dtype=torch.int8, device=workspace.device)
         absmax = torch.empty(source.shape[0], dtype=torch.float32, device=workspace.device)
         for rows in _row_chunks(int(source.shape[0]), int(source.shape[1])):
-            part = source[rows].to(workspace.device, torch.float32)
+            part = to_device(source[rows], workspace.device, torch.float32)
             largest = part.abs().amax(dim=1)
             absmax[rows] = largest
             # A row of zeros has no scale; any positive one gives zeros.
             codes[rows] = (part * (127.0 / largest.clamp(min=1e-30)).unsqueeze(1)).round_().to(torch.int8)
+            del part, largest
         return cls(codes, absmax, workspace)
 
     def matmul(self, x: Tensor) -> Tensor:
@@ -297,16 +303,16 @@ class Int8Weight:
         _check_out(self.shape, out)
         scale = (self.absmax / 127.0).unsqueeze(1)
         # Chunks are for the CPU's caches and its cast; on a card they would only be launches.
-        for rows in _row_chunks(*self.shape) if out.device.type == "cpu" else [slice(None)]:
+        for rows in _row_chunks(*self.shape) if target_of(out.device).kind == "cpu" else [slice(None)]:
             torch.mul(self.codes[rows], scale[rows], out=out[rows])
         return out
 
     def prefetch(self) -> None:
         """Nothing: it is here."""
 
-    def nbytes_by_category(self) -> dict[Category, int]:
+    def tensors_by_category(self) -> dict[Category, list[Tensor]]:
         """Codes and row scales."""
-        return {"frozen weights": self.codes.nbytes, "quantization constants": self.absmax.nbytes}
+        return {"frozen weights": [self.codes], "quantization constants": [self.absmax]}
 
 
 def freeze(
@@ -338,15 +344,14 @@ def bitsandbytes_functional() -> Any:
 
 
 @functools.cache
-def _dynamic_map(device: torch.device) -> Tensor:
-    """The 256 values of the 8-bit dynamic type; one tensor a device (Dettmers et al. 2021, arXiv 2110.02861)."""
-    values: Tensor = bitsandbytes_functional().create_dynamic_map()
-    return values.to(device)
+def dynamic_values() -> tuple[float, ...]:
+    """The values of the 8-bit dynamic type, ascending (Dettmers et al. 2021, arXiv 2110.02861)."""
+    return tuple(bitsandbytes_functional().create_dynamic_map().tolist())
 
 
 def _row_chunks(rows: int, columns: int) -> list[slice]:
     step = max(1, CPU_CHUNK // max(1, columns))
-    return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
+    return [slice(start, min(start + step, rows)) for start in one_of(range(0, rows, step))]
 
 
 def _check_out(shape: tuple[int, int], out: Tensor) -> None:

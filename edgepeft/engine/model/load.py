@@ -9,13 +9,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from edgepeft.engine.kernels import to_device
+from edgepeft.engine.ledger import assign, mark_place
 from edgepeft.engine.model.checkpoint import open_checkpoint, take_weight
 from edgepeft.engine.model.frozen import DTYPES, DenseWeight, FrozenWeight, Workspace, freeze
 from edgepeft.engine.model.linear import AdaptedLinear
@@ -31,6 +33,7 @@ Progress = Callable[[str, float | None], None]
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 """Linears that choose experts: small, and their choice suffers from quantizing. They stay plain linears."""
 
+_ANOTHER_MODEL = "Use another model"
 _TRIM_ENTRIES = 1 << 24
 """Entries that are taken over between two times of giving freed memory back to the system."""
 
@@ -68,22 +71,26 @@ class LoadedModel:
         """Every linear of the decoder layers by module path, in the model's order."""
         return dict(self._linears)
 
-    def bytes_by_category(self) -> dict[Category, int]:
-        """Live bytes of the base; the workspace counts with what it has grown to."""
-        found: dict[Category, int] = {
-            "frozen weights": 0,
-            "quantization constants": 0,
-            "embeddings and head": 0,
-            "workspace": self.workspace.nbytes,
+    def tensors_by_category(self) -> dict[Category, list[Tensor]]:
+        """Every tensor of the base, without the workspace."""
+        found: dict[Category, list[Tensor]] = {
+            "frozen weights": [],
+            "quantization constants": [],
+            "embeddings and head": [],
         }
         for linear in self._linears.values():
-            for category, size in linear.weight_source.nbytes_by_category().items():
-                found[category] += size
+            for category, tensors in linear.weight_source.tensors_by_category().items():
+                found[category] += tensors
         tables = {id(self.head_weight), id(self.model.get_input_embeddings().weight)}
         for parameter in self.model.parameters():
-            found["embeddings and head" if id(parameter) in tables else "frozen weights"] += parameter.nbytes
-        found["frozen weights"] += sum(buffer.nbytes for buffer in self.model.buffers())
+            found["embeddings and head" if id(parameter) in tables else "frozen weights"].append(parameter)
+        found["frozen weights"] += self.model.buffers()
         return found
+
+    def bytes_by_category(self) -> dict[Category, int]:
+        """Live bytes of the base; the workspace counts with what it has grown to."""
+        found = {name: sum(tensor.nbytes for tensor in held) for name, held in self.tensors_by_category().items()}
+        return found | {"workspace": self.workspace.nbytes}
 
 
 def load_model(
@@ -113,13 +120,57 @@ def load_model(
     tell("opening the weights", None)
     dtype = DTYPES[compute_dtype]
     workspace = Workspace(device, dtype)
-    model = open_checkpoint(entry, dtype)
+    model, merged = open_checkpoint(entry, dtype)
     model.requires_grad_(False)
+    take_over(
+        model,
+        precision,
+        compute_dtype,
+        workspace,
+        merged=merged,
+        dense_values=dense_values,
+        progress=tell,
+        name=entry.name,
+    )
+    model.eval()
+    _give_back_freed_memory()
+    tell(f"loading {entry.name}", 1.0)
+    return LoadedModel(model, entry, device, compute_dtype, workspace)
+
+
+def take_over(
+    model: PreTrainedModel,
+    precision: Precision,
+    compute_dtype: ComputeDtype,
+    workspace: Workspace,
+    *,
+    merged: Sequence[Tensor] = (),
+    dense_values: bool = False,
+    progress: Progress,
+    name: str,
+) -> None:
+    """Takes every weight of an opened model into memory of its own on the workspace's device; see `load_model`.
+
+    Args:
+        model: opened, its weights still those of its files.
+        precision: of the decoder's linears.
+        compute_dtype: of everything else.
+        workspace: shared by all linears.
+        merged: parameters that are in memory of their own already.
+        dense_values: see `load_model`.
+        progress: told how far it is.
+        name: of the model, for `progress` and errors.
+
+    Raises:
+        BadInput: the model has no linears.
+    """
+    device, dtype = workspace.device, DTYPES[compute_dtype]
     layers = decoder_layers(inner_decoder(model))
     targets = list(_linears_of(model, layers))
     taken = 0
-    for done, (parent, child, path) in enumerate(targets):
-        tell(f"loading {entry.name}", done / len(targets))
+    for done, (parent, child, path, layer) in enumerate(targets):
+        progress(f"loading {name}", done / len(targets))
+        mark_place(f"loading layer {layer}")
         linear = getattr(parent, child)
         weight = _frozen(linear, precision, compute_dtype, device, workspace)
         if dense_values and not isinstance(weight, DenseWeight):
@@ -127,22 +178,19 @@ def load_model(
             weight = DenseWeight(weight.materialize(dense), workspace)
         bias = None if linear.bias is None else linear.bias.detach().to(device, dtype, copy=True)
         setattr(parent, child, AdaptedLinear(weight, bias, path))
+        for category, tensors in weight.tensors_by_category().items():
+            assign(tensors, category)
         taken += weight.shape[0] * weight.shape[1]
         if taken >= _TRIM_ENTRIES:
             _give_back_freed_memory()
             taken = 0
     if not targets:
         raise BadInput(
-            f"{type(model).__name__} has no linear layers that adapters can be put on",
-            where=entry.name,
-            hint="Use another model",
+            f"{type(model).__name__} has no linear layers that adapters can be put on", where=name, hint=_ANOTHER_MODEL
         )
+    mark_place("loading embeddings and head")
     _unpack_others(model, compute_dtype, device, workspace)
-    _take_over_rest(model, device, dtype)
-    model.eval()
-    _give_back_freed_memory()
-    tell(f"loading {entry.name}", 1.0)
-    return LoadedModel(model, entry, device, compute_dtype, workspace)
+    _take_over_rest(model, device, dtype, merged)
 
 
 def inner_decoder(model: PreTrainedModel) -> nn.Module:
@@ -168,11 +216,11 @@ def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
     return list(longest)
 
 
-def _linears_of(model: PreTrainedModel, layers: list[nn.Module]) -> list[tuple[nn.Module, str, str]]:
-    """(parent, attribute, path) of each linear in the decoder layers."""
-    inside = {id(module) for layer in layers for module in layer.modules()}
+def _linears_of(model: PreTrainedModel, layers: list[nn.Module]) -> list[tuple[nn.Module, str, str, int]]:
+    """(parent, attribute, path, number of the layer from 1) of each linear in the decoder layers."""
+    inside = {id(module): number for number, layer in enumerate(layers, 1) for module in layer.modules()}
     return [
-        (parent, child, f"{path}.{child}")
+        (parent, child, f"{path}.{child}", inside[id(parent)])
         for path, parent in model.named_modules()
         if id(parent) in inside
         for child, module in parent.named_children()
@@ -201,10 +249,15 @@ def _unpack_others(
                 setattr(parent, child, plain)
 
 
-def _take_over_rest(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
+def _take_over_rest(model: PreTrainedModel, device: torch.device, dtype: torch.dtype, merged: Sequence[Tensor]) -> None:
     """Moves what is left into memory of its own; tied tensors are one parameter and stay tied."""
+    own = {id(parameter) for parameter in merged}
     for parameter in model.parameters():
-        if parameter.is_floating_point() and parameter.device.type != "meta":
+        if not parameter.is_floating_point() or parameter.device.type == "meta":
+            continue
+        if id(parameter) in own:
+            parameter.data = to_device(parameter.data, device, dtype)
+        else:
             parameter.data = parameter.data.to(device, dtype, copy=True)
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):

@@ -15,16 +15,19 @@ from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from edgepeft.engine.kernels import enough, fused_attention, one_of_each, target_of
+from edgepeft.engine.model.frozen import DTYPES
 from edgepeft.errors import BadInput
+from edgepeft.memory.chunks import ATTENTION_ROWS
+from edgepeft.spec import ComputeDtype
 
 PACKED = "edgepeft_packed"
 
-_ROWS = 256  # query rows whose scores exist at one time: bounds the workspace, and skips half of a long triangle
+_NAMES: dict[torch.dtype, ComputeDtype] = {dtype: name for name, dtype in DTYPES.items()}
 
 
 class Segments:
@@ -40,6 +43,10 @@ class Segments:
     def tokens(self) -> int:
         """Length of the row."""
         return self.starts[-1]
+
+    def samples(self) -> list[tuple[int, int]]:
+        """Where each sample starts in the row, and its length."""
+        return list(zip(self.starts, self.lengths, strict=False))
 
     def offsets(self, device: torch.device) -> Tensor:
         """Cumulative lengths, int32 [samples + 1] on `device`; made once a batch."""
@@ -136,12 +143,16 @@ def packed_attention(
         segments = Segments([query.shape[2]])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = sliding_window if sliding_window is not None and segments.longest > sliding_window else None
+    target = target_of(query.device)
     same_width = query.shape[-1] == value.shape[-1]
-    if softcap is None and same_width and _has_varlen(query):
+    kernel = target.attention(
+        query.shape[-1], _NAMES[query.dtype], softcap=softcap is not None, windowed=window is not None
+    )
+    if kernel == "varlen" and same_width:
         return _varlen(query, key, value, segments, scale, window), None
-    if softcap is None and window is None and query.device.type != "cpu":
+    if kernel == "by sample" or (kernel == "varlen" and window is None):
         return _by_sample(query, key, value, segments, scale), None
-    fused = softcap is None and window is None and same_width and query.device.type == "cpu"
+    fused = softcap is None and window is None and same_width and target.kind == "cpu"
     apply: Any = _BlockAttention.apply
     out: Tensor = apply(query, key, value, segments, scale, window, softcap, fused)
     return out, None
@@ -155,20 +166,6 @@ def _no_dense_mask(*, use_vmap: bool = False, **_: Any) -> None:
 
 AttentionInterface.register(PACKED, packed_attention)
 AttentionMaskInterface.register(PACKED, _no_dense_mask)
-
-
-def _has_varlen(query: Tensor) -> bool:
-    """Whether the flash kernel for packed rows takes these: 16 bit, Ampere or newer, heads of a width that it knows."""
-    width = query.shape[-1]
-    return (
-        query.device.type == "cuda"
-        and query.dtype in (torch.bfloat16, torch.float16)
-        # Its backward for 193 to 224 entries is missing on consumer cards.
-        and (width <= 192 or 224 < width <= 256)
-        and width % 8 == 0
-        and torch.version.hip is None
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    )
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
@@ -196,12 +193,12 @@ def _by_sample(query: Tensor, key: Tensor, value: Tensor, segments: Segments, sc
     """Sample by sample through the memory-efficient kernel, for cards before Ampere and other devices."""
     grouped = query.shape[1] != key.shape[1]
     parts = []
-    for start, length in zip(segments.starts, segments.lengths, strict=False):
+    for start, length in segments.samples():
         q, k, v = (x.narrow(2, start, length) for x in (query, key, value))
         if grouped:
             # The memory-efficient kernel knows no grouped heads, and the math fallback would build the full scores.
             k, v = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (k, v))
-        parts.append(F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).transpose(1, 2))
+        parts.append(fused_attention(q, k, v, scale).transpose(1, 2))
     return torch.cat(parts, dim=1)
 
 
@@ -232,18 +229,21 @@ class _BlockAttention(torch.autograd.Function):
         q = _grouped(query[0], kv_heads)
         k, v = key[0], value[0]
         target = _grouped(out[0].transpose(0, 1), kv_heads)
-        for start, length in zip(segments.starts, segments.lengths, strict=False):
+        for start, length in one_of_each(segments.samples(), _length):
             if fused:
                 wide_k, wide_v = (x.narrow(1, start, length).unsqueeze(1).expand(-1, group, -1, -1) for x in (k, v))
                 part, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
                     q.narrow(2, start, length), wide_k, wide_v, 0.0, True, scale=scale
                 )
                 target.narrow(2, start, length).copy_(part)
+                del part
                 continue
-            for block in _blocks(start, length, window):
-                weights, _ = block.probabilities(block.rows(q, 2) * scale, block.keys(k, 1), softcap)
+            for block in enough(_blocks(start, length, window)):
+                weights = block.probabilities(block.rows(q, 2) * scale, block.keys(k, 1), softcap)[0]
                 part = torch.bmm(weights.flatten(1, 2), block.keys(v, 1))
                 block.rows(target, 2).copy_(part.view(kv_heads, group, -1, part.shape[-1]))
+                # Before the next block makes its own.
+                del weights, part
         ctx.save_for_backward(query, key, value)
         ctx.options = (segments, scale, window, softcap)
         return out
@@ -263,7 +263,7 @@ class _BlockAttention(torch.autograd.Function):
         )
         dq = _grouped(grad_query[0], kv_heads)
         dk, dv = grad_key[0], grad_value[0]
-        for start, length in zip(segments.starts, segments.lengths, strict=False):
+        for start, length in one_of_each(segments.samples(), _length):
             blocks = _blocks(start, length, window)
             several = len(blocks) > 1
             # Sums over blocks are kept in float32: 16 bit would round once a block.
@@ -271,7 +271,7 @@ class _BlockAttention(torch.autograd.Function):
                 torch.zeros(x.shape[0], length, x.shape[2], dtype=torch.float32, device=x.device) if several else None
                 for x in (k, v)
             )
-            for block in blocks:
+            for block in enough(blocks):
                 scaled = block.rows(q, 2) * scale
                 keys, values = block.keys(k, 1), block.keys(v, 1)
                 weights, slope = block.probabilities(scaled, keys, softcap)
@@ -279,6 +279,7 @@ class _BlockAttention(torch.autograd.Function):
                 dv_part = torch.bmm(weights.flatten(1, 2).transpose(1, 2), part)
                 d_weights = torch.bmm(part, values.transpose(1, 2)).view_as(weights)
                 d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
+                del weights, d_weights
                 if slope is not None:
                     d_scores = d_scores.mul_(slope)
                 d_scores = d_scores.flatten(1, 2)
@@ -290,10 +291,17 @@ class _BlockAttention(torch.autograd.Function):
                 else:
                     dk_sum[:, block.first_key - start : block.end - start] += dk_part
                     dv_sum[:, block.first_key - start : block.end - start] += dv_part
+                # Before the next block makes its own.
+                del scaled, slope, d_scores, part, dk_part, dv_part
             if dk_sum is not None and dv_sum is not None:
                 dk.narrow(1, start, length).copy_(dk_sum)
                 dv.narrow(1, start, length).copy_(dv_sum)
+            del dk_sum, dv_sum
         return grad_query, grad_key, grad_value, None, None, None, None, None
+
+
+def _length(sample: tuple[int, int]) -> int:
+    return sample[1]
 
 
 def _grouped(x: Tensor, kv_heads: int) -> Tensor:
@@ -350,6 +358,8 @@ def _blocks(start: int, length: int, window: int | None) -> list[_Block]:
     """The blocks of a sample at [start, start + length)."""
     end = start + length
     return [
-        _Block(begin, min(begin + _ROWS, end), start if window is None else max(start, begin - window + 1), window)
-        for begin in range(start, end, _ROWS)
+        _Block(
+            begin, min(begin + ATTENTION_ROWS, end), start if window is None else max(start, begin - window + 1), window
+        )
+        for begin in range(start, end, ATTENTION_ROWS)
     ]

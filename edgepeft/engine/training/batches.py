@@ -71,7 +71,7 @@ def build_micro_batch(samples: Sequence[Sample], device: torch.device) -> MicroB
     rows = np.concatenate([sample.rows + start for sample, start in zip(samples, starts, strict=True)])
 
     def place(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values.astype(np.int64)).to(device, non_blocking=True)
+        return torch.tensor(values, dtype=torch.int64, device=device)
 
     return MicroBatch(
         input_ids=place(np.concatenate([sample.ids for sample in samples])).unsqueeze(0),

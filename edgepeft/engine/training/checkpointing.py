@@ -1,6 +1,7 @@
-"""Activation checkpointing: which decoder layers keep their inside for backward, and which form it again.
+"""How decoder layers run in training: activation checkpointing, and saying in which layer the work is.
 
-Chen et al. 2016, *Training Deep Nets with Sublinear Memory Cost* (arXiv 1604.06174).
+Checkpointing lets a layer keep nothing of its inside for backward and form it again: Chen et al. 2016, *Training Deep
+Nets with Sublinear Memory Cost* (arXiv 1604.06174).
 """
 
 from __future__ import annotations
@@ -8,9 +9,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from edgepeft.engine.ledger import mark_place
 from edgepeft.spec import Checkpointing
 
 
@@ -19,18 +22,28 @@ def set_checkpointing(layers: Sequence[nn.Module], mode: Checkpointing) -> None:
 
     With `layer`, each layer keeps only its input and runs again in backward, under the same packing context.
     """
-    for layer in layers:
+    for number, layer in enumerate(layers, 1):
         # An instance attribute hides the class's forward; removing it brings that one back.
         layer.__dict__.pop("forward", None)
-        if mode == "layer":
-            layer.__dict__["forward"] = _checkpointed(layer.forward)
+        layer.__dict__["forward"] = _placed(layer.forward, number, mode)
 
 
-def _checkpointed(forward: Any) -> Any:
+def _placed(forward: Any, number: int, mode: Checkpointing) -> Any:
+    def begin_backward(gradient: Tensor) -> None:
+        mark_place(f"backward of layer {number}")
+
     def run(*arguments: Any, **options: Any) -> Any:
-        # Dropout is a pure function of seed, step and sample, so there is no generator whose state would matter.
-        return checkpoint(
-            forward, *arguments, use_reentrant=False, preserve_rng_state=False, determinism_check="none", **options
-        )
+        mark_place(f"forward of layer {number}")
+        if mode == "layer" and torch.is_grad_enabled():
+            # Dropout is a pure function of seed, step and sample: there is no generator whose state would matter.
+            out = checkpoint(
+                forward, *arguments, use_reentrant=False, preserve_rng_state=False, determinism_check="none", **options
+            )
+        else:
+            out = forward(*arguments, **options)
+        hidden = out[0] if isinstance(out, tuple) else out
+        if hidden.requires_grad:
+            hidden.register_hook(begin_backward)
+        return out
 
     return run

@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from edgepeft.engine.training.measured import MeasuredPeak
 from edgepeft.errors import BadInput, DiskProblem
 from edgepeft.paths import disk_errors, make_folder, sync_folder
 from edgepeft.spec import Layout, Recipe
@@ -48,8 +49,8 @@ class RunPosition(msgspec.Struct, frozen=True):
     last_eval_loss: float | None = None
     last_eval_step: int = -1
     """Step after which that was measured."""
-    peak_bytes: int = 0
-    """Highest memory measured so far."""
+    measured: MeasuredPeak = MeasuredPeak()
+    """Highest memory so far, over all processes of the run."""
     not_finite_in_a_row: int = 0
     """Steps skipped one after the other up to here."""
 
@@ -181,7 +182,7 @@ def read_newest_checkpoint(root: Path, recipe: Recipe, warn: Callable[[str], Non
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """AdamW's states as `PARAMETER/STATE` → tensor; empty before the first step."""
+    """AdamW's states as `PARAMETER/STATE` → tensor; empty before there are any."""
     return {
         f"{name}/{key}": value
         for name, parameter in parameters.items()

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from edgepeft.engine.kernels import one_of, target_of
 from edgepeft.errors import BadInput
-
-_BLOCK_BYTES = {"cpu": 4 << 20}
-"""Float32 scratch at one time: on the CPU what stays in its caches, elsewhere what keeps launches few."""
-_BLOCK_BYTES_ELSEWHERE = 64 << 20
+from edgepeft.memory.chunks import LOSS_SCRATCH_BYTES
 
 
 class Head(NamedTuple):
@@ -115,13 +113,14 @@ class _SummedLoss(torch.autograd.Function):
         chunk_tokens = min(chunk_tokens, max(count, 1))
         # One buffer serves every chunk: mapping fresh pages costs as much as a pass over them.
         buffer = hidden.new_empty(chunk_tokens, head.weight.shape[0]) if count else None
-        for begin in range(0, count, chunk_tokens):
+        for begin in one_of(range(0, count, chunk_tokens)):
             picked = flat.index_select(0, rows[begin : begin + chunk_tokens])
             assert buffer is not None
             logits = _logits(picked, head, out=buffer[: picked.shape[0]])
             total += _losses_in_place(logits, targets[begin : begin + chunk_tokens], head, with_gradient)
             if gradient is not None:
                 torch.mm(logits, head.weight, out=gradient[begin : begin + picked.shape[0]])
+            del picked, logits
         if gradient is not None:
             ctx.save_for_backward(rows, gradient)
         ctx.shape = hidden.shape
@@ -162,33 +161,35 @@ def _losses_in_place(logits: Tensor, targets: Tensor, head: Head, with_gradient:
         with_gradient: whether to leave the derivative with respect to the unscaled, uncapped logits in `logits`.
     """
     count, vocabulary = logits.shape
-    block_bytes = _BLOCK_BYTES.get(logits.device.type, _BLOCK_BYTES_ELSEWHERE)
+    block_bytes = LOSS_SCRATCH_BYTES[target_of(logits.device).kind]
     step = max(1, min(count, block_bytes // (4 * vocabulary)))
     scratch = torch.empty(step, vocabulary, dtype=torch.float32, device=logits.device)
     total = torch.zeros((), dtype=torch.float32, device=logits.device)
-    for begin in range(0, count, step):
-        block = logits[begin : begin + step]
-        index = targets[begin : begin + step].unsqueeze(1)
-        values = scratch[: block.shape[0]]
-        values.copy_(block)
-        _bend(values, head)
-        wanted = values.gather(1, index)
-        slope = None
-        if head.softcap is not None and with_gradient:
-            slope = (values / head.softcap).square_().neg_().add_(1)
-        top = values.amax(1, keepdim=True)
-        sums = values.sub_(top).exp_().sum(1, keepdim=True)
-        total += (sums.log() + top - wanted).sum()
-        if not with_gradient:
-            continue
-        likelihood = values.gather(1, index) / sums
-        # Softmax minus one-hot; the target's entry is formed in float32, since 1 - p would lose it in 16 bit.
-        if slope is None and head.scale == 1.0:
-            torch.mul(values, sums.reciprocal_(), out=block)
-            block.scatter_(1, index, (likelihood - 1).to(block.dtype))
-            continue
-        values.div_(sums).scatter_(1, index, likelihood - 1)
-        if slope is not None:
-            values.mul_(slope)
-        block.copy_(values.mul_(head.scale))
+    for begin in one_of(range(0, count, step)):
+        block = slice(begin, begin + step)
+        total += _block_loss_in_place(logits[block], targets[block].unsqueeze(1), scratch, head, with_gradient)
     return total
+
+
+def _block_loss_in_place(block: Tensor, index: Tensor, scratch: Tensor, head: Head, with_gradient: bool) -> Tensor:
+    """The same for some rows, by way of `scratch`, float32 [rows or more, vocabulary]; index is [rows, 1]."""
+    values = scratch[: block.shape[0]]
+    values.copy_(block)
+    _bend(values, head)
+    wanted = values.gather(1, index)
+    slope = None
+    if head.softcap is not None and with_gradient:
+        slope = (values / head.softcap).square_().neg_().add_(1)
+    top = values.amax(1, keepdim=True)
+    sums = values.sub_(top).exp_().sum(1, keepdim=True)
+    loss = (sums.log() + top - wanted).sum()
+    if not with_gradient:
+        return loss
+    likelihood = values.gather(1, index) / sums
+    # Softmax minus one-hot, in float32: 1 - p would lose the target's entry in 16 bit, and there the CPU scatters by
+    # way of a copy.
+    values.mul_(sums.reciprocal_()).scatter_(1, index, likelihood - 1)
+    if slope is not None:
+        values.mul_(slope)
+    block.copy_(values if head.scale == 1.0 else values.mul_(head.scale))
+    return loss

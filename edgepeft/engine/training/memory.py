@@ -1,144 +1,123 @@
-"""What training really takes: live tensor bytes on the CPU, the allocator's counters on CUDA, and the process's RSS."""
+"""What training really takes: live tensor bytes, the CUDA allocator's counters, and the process's resident memory."""
 
 from __future__ import annotations
 
-import gc
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+
+from edgepeft.engine.ledger import LiveBytes
+from edgepeft.memory.breakdown import Category
+
+Known = Mapping[Category, list[Tensor]]
+"""Tensors that outlive a micro-batch, by what they are."""
 
 
-class _Watcher(TorchDispatchMode):
-    """Tells every result of every operation to `count`."""
+class Size(NamedTuple):
+    """A micro-batch, as far as its memory depends on it."""
 
-    count: Callable[[Tensor], None]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in tree_iter(result):
-            if isinstance(value, Tensor):
-                self.count(value)
-        return result
-
-
-class LiveBytes:
-    """Follows every tensor storage of one device from its birth to its death while it is in force.
-
-    Storages that exist when it begins are counted first, so the figures include the base model. Scratch memory inside
-    single kernels is invisible to it. Each operation costs some microseconds more.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device.type
-        self._known: dict[int, weakref.ref[Any]] = {}
-        watcher: Any = _Watcher  # untyped in torch
-        self._watcher = watcher()
-        self._watcher.count = self._count
-        self.live_bytes = 0
-        self.peak_bytes = 0
-
-    def __enter__(self) -> LiveBytes:
-        self._known.clear()
-        self.live_bytes = 0
-        for found in gc.get_objects():
-            # isinstance() would wake lazy proxies that other libraries keep around.
-            if issubclass(type(found), Tensor):
-                self._count(found)
-                if found.grad_fn is None and found.grad is not None:
-                    self._count(found.grad)
-        self.peak_bytes = self.live_bytes
-        self._watcher.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._watcher.__exit__(kind, error, trace)
-        # Deaths that come later must not be subtracted from a count that nobody reads.
-        self._known.clear()
-
-    def _count(self, tensor: Tensor) -> None:
-        if tensor.device.type != self._device or tensor.layout != torch.strided:
-            return
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self._known:
-            return
-        size = storage.nbytes()
-        known = self._known
-
-        def forget(dead: weakref.ref[Any]) -> None:
-            if known.get(key) is dead:
-                del known[key]
-                self.live_bytes -= size
-
-        known[key] = weakref.ref(storage, forget)
-        self.live_bytes += size
-        self.peak_bytes = max(self.peak_bytes, self.live_bytes)
+    tokens: int
+    longest: int
+    """Tokens of its longest sample."""
+    rows: int
+    """Trained rows whose logits exist at one time."""
+    gradients: bool = False
+    """Whether there are gradients before it."""
 
 
 class MemoryGauge:
     """The highest memory that training took, measured without slowing down micro-batches that cannot raise it.
 
     On the CPU a micro-batch is watched when it is larger than all that were watched before.
+
+    Args:
+        device: of the run.
+        limit_bytes: live bytes above which a watched micro-batch ends with `BudgetExceeded`; on CUDA the allocator
+            keeps the limit instead, see `training.limit`.
+        known: the tensors that outlive a micro-batch; asked anew at each watch, since optimizer state comes later.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._largest = (0, 0)
-        self._largest_evaluated = (0, 0)
+    def __init__(
+        self, device: torch.device, *, limit_bytes: int | None = None, known: Callable[[], Known] | None = None
+    ) -> None:
+        self.device = device
+        self._limit_bytes = limit_bytes if device.type == "cpu" else None
+        self._known = known or (lambda: {})
+        self._watched: list[Size] = []
+        self._evaluated: list[Size] = []
+        self._peak_of_categories = 0
         self.live_bytes = 0
         self.peak_bytes = 0
+        self.by_category: dict[Category, int] = {}
+        """Live bytes at the highest point that was followed storage by storage."""
+        self.place = ""
+        """Where that point was."""
 
     @property
     def reserved_bytes(self) -> int | None:
         """What the CUDA allocator holds from the driver at most; None on the CPU."""
-        return torch.cuda.max_memory_reserved(self._device) if self._device.type == "cuda" else None
+        return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else None
 
-    def forget_sizes(self) -> None:
-        """Lets micro-batches of every size be watched again; peaks stay."""
-        self._largest = (0, 0)
-        self._largest_evaluated = (0, 0)
+    def wants(self, size: Size) -> bool:
+        """Whether a training micro-batch is worth watching: none that was watched is at least as large."""
+        return self.device.type != "cpu" or not _covered(size, self._watched)
 
-    def wants(self, tokens: int, longest: int) -> bool:
-        """Whether a training micro-batch of `tokens`, its longest sample `longest`, is worth watching."""
-        return self._device.type != "cpu" or tokens > self._largest[0] or longest > self._largest[1]
-
-    def wants_evaluation(self, tokens: int, longest: int) -> bool:
-        """The same for a micro-batch of an evaluation; remembers that it was watched."""
-        before = self._largest_evaluated
-        self._largest_evaluated = (max(before[0], tokens), max(before[1], longest))
-        return self._device.type != "cpu" or self._largest_evaluated != before
+    def wants_evaluation(self, size: Size) -> bool:
+        """The same for a micro-batch of an evaluation."""
+        return self.device.type != "cpu" or not _covered(size, self._evaluated)
 
     @contextmanager
-    def watch(self, tokens: int = 0, longest: int = 0) -> Iterator[None]:
-        """Measures what happens inside.
+    def watch(
+        self, size: Size | None = None, *, evaluation: bool = False, itemised: bool = False
+    ) -> Iterator[LiveBytes | None]:
+        """Measures what happens inside; gives the ledger that follows it, if one does.
 
         Args:
-            tokens: of the micro-batch.
-            longest: its longest sample.
+            size: of the micro-batch, which need not be watched again once it went well; None where there is none.
+            evaluation: whether it belongs to an evaluation.
+            itemised: on CUDA, too, follow storage by storage: slower, but by category.
         """
-        if self._device.type == "cuda":
-            yield
-            self.live_bytes = torch.cuda.memory_allocated(self._device)
-            self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(self._device))
+        on_cpu = self.device.type == "cpu"
+        if not on_cpu and not itemised:
+            yield None
+            self._read_counters()
             return
-        counter = LiveBytes(self._device)
+        ledger = LiveBytes(self.device, known=self._known(), limit_bytes=self._limit_bytes)
         try:
-            with counter:
-                yield
-            self._largest = (max(self._largest[0], tokens), max(self._largest[1], longest))
+            with ledger:
+                yield ledger
+            if size is not None and evaluation:
+                self._evaluated = _with(size, self._evaluated)
+            elif size is not None:
+                self._watched = _with(size, self._watched)
         finally:
-            self.live_bytes = counter.live_bytes
-            self.peak_bytes = max(self.peak_bytes, counter.peak_bytes)
+            if ledger.peak_bytes > self._peak_of_categories:
+                self._peak_of_categories = ledger.peak_bytes
+                self.by_category = {name: size for name, size in ledger.peak_by_category.items() if size}
+                self.place = ledger.peak_place
+            if on_cpu:
+                self.live_bytes = ledger.live_bytes
+                self.peak_bytes = max(self.peak_bytes, ledger.peak_bytes)
+            else:
+                self._read_counters()
+
+    def _read_counters(self) -> None:
+        self.live_bytes = torch.cuda.memory_allocated(self.device)
+        self.peak_bytes = max(self.peak_bytes, torch.cuda.max_memory_allocated(self.device))
+
+
+def _covered(size: Size, sizes: list[Size]) -> bool:
+    """Whether one of `sizes` is at least as large in every respect."""
+    return any(all(more >= less for more, less in zip(other, size, strict=True)) for other in sizes)
+
+
+def _with(size: Size, sizes: list[Size]) -> list[Size]:
+    """`sizes` and one more, without those that it covers."""
+    return [size, *(other for other in sizes if not _covered(other, [size]))]
 
 
 def resident_bytes() -> int | None:

@@ -6,12 +6,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from edgepeft.data.prepare import load_template
 from edgepeft.data.tokens import Tokenizer
 from edgepeft.engine.methods.peft_files import WEIGHTS_FILE, save_adapter
-from edgepeft.engine.training.device import package_versions
+from edgepeft.engine.training.device import device_name, package_versions
+from edgepeft.errors import EdgepeftError
 from edgepeft.library.card import Card, TemplateRecord
 from edgepeft.library.store import list_adapters, next_version, publish, write_card
+from edgepeft.memory.calibration import observe, observed
 from edgepeft.models.store import ModelEntry
 from edgepeft.runs.events import Finished
 from edgepeft.runs.layout import RunFolder
@@ -30,7 +34,7 @@ def finish_run(training: Training, *, stopped: bool) -> Finished:
     Raises:
         DiskProblem: no space, or no permission.
     """
-    run, plan, position = training.run, training.plan, training.position
+    run, plan, position, measured = training.run, training.plan, training.position, training.measured()
     card = _make_card(training)
     save_adapter(run.adapter, training.adapter, training.loaded.entry.name)
     write_card(run.adapter, card)
@@ -44,7 +48,12 @@ def finish_run(training: Training, *, stopped: bool) -> Finished:
         train_seconds=position.train_seconds,
         tokens_per_second=_tokens_per_second(training),
         predicted_peak_bytes=plan.memory.peak_bytes,
-        measured_peak_bytes=_peak_bytes(training),
+        measured_peak_bytes=measured.peak_bytes,
+        measured_by_category=measured.by_category,
+        measured_place=measured.place,
+        live_peak_bytes=measured.live_bytes,
+        reserved_peak_bytes=measured.reserved_bytes,
+        rss_peak_bytes=measured.rss_bytes,
         train_loss=_train_loss(training),
         eval_loss=position.last_eval_loss,
         published=published,
@@ -76,7 +85,7 @@ def _make_card(training: Training) -> Card:
         "train_seconds": position.train_seconds,
         "tokens_per_second": _tokens_per_second(training),
         "predicted_peak_bytes": float(plan.memory.peak_bytes),
-        "measured_peak_bytes": float(_peak_bytes(training)),
+        "measured_peak_bytes": float(training.measured().peak_bytes),
     }
     return Card(
         name=plan.adapter_name,
@@ -118,5 +127,28 @@ def _tokens_per_second(training: Training) -> float:
     return position.train_tokens / position.train_seconds if position.train_seconds else 0.0
 
 
-def _peak_bytes(training: Training) -> int:
-    return max(training.position.peak_bytes, training.gauge.peak_bytes)
+def keep_observation(training: Training, finished: Finished) -> str:
+    """Keeps what a run measured for the predictions of the next ones; returns a complaint where that is not possible.
+
+    A run whose layout became smaller on the way says nothing about the plan's prediction.
+    """
+    plan, position = training.plan, training.position
+    if finished.stopped or position.layout != plan.spec.layout:
+        return ""
+    try:
+        observe(
+            observed(
+                plan.spec,
+                plan.memory,
+                run=training.run.id,
+                device_name=device_name(training.loaded.device),
+                torch=str(torch.__version__),
+                measured_bytes=finished.measured_peak_bytes,
+                operations=plan.operations * position.step / plan.steps,
+                seconds=position.train_seconds,
+                tokens_per_second=finished.tokens_per_second,
+            )
+        )
+    except (EdgepeftError, OSError) as error:
+        return f"what this run measured could not be kept for the next plans: {error}"
+    return ""

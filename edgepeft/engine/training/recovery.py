@@ -1,13 +1,15 @@
-"""What to do when memory runs out inside a step: the same step again, in a smaller layout."""
+"""What to do when memory runs out: the same work again, in a smaller layout."""
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 
 import msgspec
 import torch
 
-from edgepeft.spec import Layout
+from edgepeft.data.packing import pack
+from edgepeft.spec import Layout, Recipe
 
 _SMALLEST_CHUNK = 16
 _SIGNS = (
@@ -50,6 +52,31 @@ def smaller_layout(layout: Layout, tokens: int, samples: int) -> tuple[Layout, s
         chunk = max(_SMALLEST_CHUNK, layout.loss_chunk_tokens // 4)
         return msgspec.structs.replace(layout, loss_chunk_tokens=chunk), f"loss in chunks of {chunk} tokens"
     return None
+
+
+def largest_group(lengths: Sequence[int], micro_batch_tokens: int) -> tuple[int, int]:
+    """Tokens and samples of the largest micro-batch of a step; zeros for a step without samples.
+
+    Args:
+        lengths: tokens of each sample of the step.
+        micro_batch_tokens: the layout's cap.
+    """
+    groups = [[lengths[index] for index in group] for group in pack(lengths, micro_batch_tokens)]
+    return max(((sum(group), len(group)) for group in groups), default=(0, 0))
+
+
+def what_would_help(tokens: int, recipe: Recipe) -> str:
+    """What to change where not even one sample of `tokens` fits in the smallest layout."""
+    base = "" if recipe.precision == "nf4" else ", or a base in nf4 with --precision nf4"
+    return (
+        f"Resume when more memory is free, or train with --max-seq-len {max(1, tokens // 2)}, with a rank smaller than "
+        f"{recipe.method.rank}{base}"
+    )
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without the trace that some allocators append."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def release_memory() -> None:

@@ -10,14 +10,16 @@ import msgspec
 import torch
 from torch import Tensor
 
+from edgepeft.engine.kernels import number
+from edgepeft.engine.ledger import assign, counting_as
 from edgepeft.engine.methods.dropout import dropout_context
 from edgepeft.engine.model.load import LoadedModel
 from edgepeft.engine.training.attention import packed, use_packed_attention
 from edgepeft.engine.training.batches import MicroBatch, Sample, build_micro_batch, plan_micro_batches
 from edgepeft.engine.training.checkpointing import set_checkpointing
 from edgepeft.engine.training.loss import check_head, head_of, summed_loss
-from edgepeft.engine.training.memory import MemoryGauge
-from edgepeft.engine.training.recovery import is_out_of_memory, release_memory, smaller_layout
+from edgepeft.engine.training.memory import MemoryGauge, Size
+from edgepeft.engine.training.recovery import first_line, is_out_of_memory, release_memory, smaller_layout
 from edgepeft.errors import OutOfMemory
 from edgepeft.spec import Checkpointing, Layout, Recipe
 
@@ -68,7 +70,16 @@ class StepRunner:
         self._before_micro_batch = before_micro_batch
         self._head = head_of(loaded.model, loaded.head_weight)
         self._checkpointing: Checkpointing = "none"
+        set_checkpointing(loaded.layers, self._checkpointing)
         use_packed_attention(loaded.model)
+        self._trained = [
+            tensor
+            for linear in loaded.linears().values()
+            for update in linear.adapters.values()
+            for tensor in update.tensors()
+        ]
+        for tensor in self._trained:
+            tensor.register_post_accumulate_grad_hook(_name_gradient)
 
     @torch.no_grad()
     def check(self) -> None:
@@ -102,27 +113,38 @@ class StepRunner:
         tokens = 0
         for group in plan_micro_batches(samples, layout.micro_batch_tokens):
             self._before_micro_batch()
-            batch = build_micro_batch(group, self._loaded.device)
-            count, longest = sum(batch.lengths), max(batch.lengths)
-            watched: AbstractContextManager[None] = nullcontext()
-            if watch_all or self._gauge.wants(count, longest):
-                watched = self._gauge.watch(count, longest)
+            size = _size(group, layout, gradients=any(tensor.grad is not None for tensor in self._trained))
+            watched: AbstractContextManager[object] = nullcontext()
+            if watch_all or self._gauge.wants(size):
+                watched = self._gauge.watch(size)
             try:
+                batch = build_micro_batch(group, self._loaded.device)
                 with watched, packed(batch.lengths), self._dropout(step, batch):
                     loss = self._loss(batch, layout.loss_chunk_tokens)
-                    self._backward(loss / trained)
+                    with counting_as("recomputed layer", "backward of the loss"):
+                        self._backward(loss / trained)
                     total += loss.detach()
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
-                first_line = (str(error).splitlines() or [type(error).__name__])[0]
-                raise MicroBatchTooLarge(count, len(group), first_line) from None
-            tokens += count
-        return StepSums(float(total), trained, tokens)
+                raise MicroBatchTooLarge(size.tokens, len(group), first_line(error)) from None
+            tokens += size.tokens
+        return StepSums(number(total), trained, tokens)
 
     @torch.no_grad()
-    def evaluate(self, samples: Sequence[Sample], layout: Layout) -> StepSums:
+    def evaluate(
+        self,
+        samples: Sequence[Sample],
+        layout: Layout,
+        *,
+        on_smaller: Callable[[Layout, str, int, str], None] = lambda *told: None,
+    ) -> StepSums:
         """The summed loss on `samples`; runs in a smaller layout of its own when memory runs out.
+
+        Args:
+            samples: held out.
+            layout: of training, which stays as it is.
+            on_smaller: told the smaller layout, what changed in words, the tokens that did not fit, and why.
 
         Raises:
             OutOfMemory: not even one sample fits.
@@ -134,38 +156,55 @@ class StepRunner:
         while left:
             group = plan_micro_batches(left, layout.micro_batch_tokens)[0]
             self._before_micro_batch()
-            batch = build_micro_batch(group, self._loaded.device)
-            count, longest = sum(batch.lengths), max(batch.lengths)
+            size = _size(group, layout)
             part: float | None = None
-            watched = self._gauge.watch() if self._gauge.wants_evaluation(count, longest) else nullcontext()
+            why = ""
+            wanted = self._gauge.wants_evaluation(size)
+            watched = self._gauge.watch(size, evaluation=True) if wanted else nullcontext()
             try:
+                batch = build_micro_batch(group, self._loaded.device)
                 with watched, packed(batch.lengths):
-                    part = float(self._loss(batch, layout.loss_chunk_tokens))
+                    part = number(self._loss(batch, layout.loss_chunk_tokens))
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
+                why = first_line(error)
             if part is None:
-                del batch
                 release_memory()
-                smaller = smaller_layout(layout, count, len(group))
+                smaller = smaller_layout(layout, size.tokens, len(group))
                 if smaller is None:
                     raise OutOfMemory(
-                        f"a held-out sample of {longest} tokens does not fit into memory",
+                        f"a held-out sample of {size.longest} tokens does not fit into memory",
                         hint="Give a separate held-out file with shorter samples, or a smaller --max-seq-len",
                     )
                 layout = smaller[0]
+                on_smaller(*smaller, size.tokens, why)
                 continue
             loss += part
-            tokens += count
+            tokens += size.tokens
             done = {sample.number for sample in group}
             left = [sample for sample in left if sample.number not in done]
         return StepSums(loss, sum(len(sample.targets) for sample in samples), tokens)
 
     def _loss(self, batch: MicroBatch, chunk_tokens: int) -> Tensor:
-        hidden = self._loaded.decoder(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
-        ).last_hidden_state
-        return summed_loss(hidden, batch.rows, batch.targets, self._head, chunk_tokens)
+        with counting_as("saved activations", "forward"):
+            hidden = self._loaded.decoder(
+                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
+            ).last_hidden_state
+        with counting_as("logits and loss", "loss"):
+            return summed_loss(hidden, batch.rows, batch.targets, self._head, chunk_tokens)
 
     def _dropout(self, step: int, batch: MicroBatch) -> AbstractContextManager[None]:
         return dropout_context(self._recipe.seed, step, batch.samples, batch.lengths)
+
+
+def _size(group: Sequence[Sample], layout: Layout, *, gradients: bool = False) -> Size:
+    lengths = [len(sample.ids) for sample in group]
+    rows = sum(len(sample.targets) for sample in group)
+    return Size(sum(lengths), max(lengths), min(rows, layout.loss_chunk_tokens), gradients)
+
+
+def _name_gradient(parameter: Tensor) -> None:
+    # Born as a temporary of the backward, it stays until the optimizer has used it.
+    if parameter.grad is not None:
+        assign([parameter.grad], "gradients")

@@ -42,10 +42,8 @@ def main() -> int:
 
 def _measure(device: torch.device, folder: Path) -> dict[str, object]:
     on_card = device.type == "cuda"
-    bf16 = not on_card or torch.cuda.is_bf16_supported(including_emulation=False)
-    dtype = torch.bfloat16 if bf16 else torch.float16
-    _print({"phase": f"matrix products in {'bf16' if bf16 else 'fp16'}"})
-    flops = matmul_flops(device, dtype, size=4096 if on_card else 1024)
+    _print({"phase": "matrix products"})
+    flops, dtype = best_matmul(device)
     _print({"phase": "copies in memory"})
     copied = copy_bytes_per_s(device, size_bytes=(512 if on_card else 128) * MIB)
     to_device = None
@@ -59,12 +57,25 @@ def _measure(device: torch.device, folder: Path) -> dict[str, object]:
         "torch": torch.__version__,
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "matmul_flops": flops,
-        "matmul_dtype": "bf16" if bf16 else "fp16",
+        "matmul_dtype": dtype,
         "memory_bytes_per_s": copied,
         "host_to_device_bytes_per_s": to_device,
         "disk_write_bytes_per_s": written,
         "disk_read_bytes_per_s": read,
     }
+
+
+def best_matmul(device: torch.device) -> tuple[float, str]:
+    """Operations a second of large products in the dtype that training computes in here, and that dtype's name."""
+    if device.type == "cuda":
+        bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+        name = "bf16" if bf16 else "fp16"
+        return matmul_flops(device, torch.bfloat16 if bf16 else torch.float16, size=4096), name
+    full = matmul_flops(device, torch.float32, size=1024)
+    # A CPU without instructions for bfloat16 emulates it, hundreds of times slower: small products tell.
+    if matmul_flops(device, torch.bfloat16, size=256, seconds=_SECONDS / 10) < full:
+        return full, "fp32"
+    return matmul_flops(device, torch.bfloat16, size=1024), "bf16"
 
 
 def matmul_flops(device: torch.device, dtype: torch.dtype, *, size: int, seconds: float = _SECONDS) -> float:

@@ -1,8 +1,12 @@
-"""`python -m edgepeft.engine.workers.train RUN_FOLDER`: executes the run's plan and tells events.jsonl how it goes."""
+"""`python -m edgepeft.engine.workers.train RUN_FOLDER [--smaller killed|device]`: executes the run's plan.
+
+What happens is told in the run's events.jsonl.
+"""
 
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import sys
 import traceback
@@ -11,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edgepeft.errors import BadInput, DeviceUnusable, DiskProblem, EdgepeftError, ExitCode, OutOfMemory
-from edgepeft.runs.events import Event, Failed, Started, StepDone
+from edgepeft.runs.events import Cause, Event, Failed, Started, StepDone
 from edgepeft.runs.events_file import EventWriter
 from edgepeft.runs.layout import RunFolder
 from edgepeft.runs.lock import RunLock
@@ -21,20 +25,24 @@ def main(arguments: list[str] | None = None) -> int:
     """Holds the run's lock, trains, and returns the exit code; stdout and stderr are the run's log."""
     parser = argparse.ArgumentParser(prog="train")
     parser.add_argument("run", type=Path, help="run folder with a plan.json")
-    run = RunFolder(parser.parse_args(arguments).run.absolute())
+    parser.add_argument(
+        "--smaller", choices=("killed", "device"), help="begin with a smaller layout: how the worker before this ended"
+    )
+    given = parser.parse_args(arguments)
+    run = RunFolder(given.run.absolute())
     try:
         if not run.plan_file.is_file():
             raise BadInput("this folder holds no run", where=str(run.path), hint="A run folder has a plan.json")
         # The lock comes before the slow imports: the launcher waits for it.
         with RunLock(run), EventWriter(run.events_file) as events:
-            return _train(run, events)
+            return _train(run, events, given.smaller)
     except EdgepeftError as error:
         # Nothing can be told in the folder: another worker has it, or the disk refuses.
         sys.stderr.write(f"{error}\n")
         return error.exit_code
 
 
-def _train(run: RunFolder, events: EventWriter) -> int:
+def _train(run: RunFolder, events: EventWriter, smaller: Cause | None) -> int:
     step = 0
 
     def emit(event: Event) -> None:
@@ -44,7 +52,7 @@ def _train(run: RunFolder, events: EventWriter) -> int:
         events.write(event)
 
     try:
-        _execute(run, emit)
+        _execute(run, emit, smaller)
         return ExitCode.DONE
     except Exception as error:  # noqa: BLE001 - the last line of defence: whatever it is, the run's events must say it
         traceback.print_exc()
@@ -56,7 +64,7 @@ def _train(run: RunFolder, events: EventWriter) -> int:
         return code
 
 
-def _execute(run: RunFolder, emit: Callable[[Event], None]) -> None:
+def _execute(run: RunFolder, emit: Callable[[Event], None], smaller: Cause | None) -> None:
     # Libraries' remarks about kernels and hubs belong into no run's log.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -67,7 +75,9 @@ def _execute(run: RunFolder, emit: Callable[[Event], None]) -> None:
     with requests.catch_signals():
         from edgepeft.engine.training.loop import run_training
 
-        run_training(run, emit, requests)
+        # The libraries' own objects are never collected: neither the collector nor the ledger need look at them again.
+        gc.freeze()
+        run_training(run, emit, requests, smaller=smaller)
 
 
 def _explain(error: Exception) -> EdgepeftError | None:
