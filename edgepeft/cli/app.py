@@ -16,6 +16,7 @@ from edgepeft.cli import (
     demo,
     doctor,
     evaluate,
+    fits,
     methods,
     models,
     plan,
@@ -26,6 +27,9 @@ from edgepeft.cli import (
 )
 from edgepeft.cli.output import stderr
 from edgepeft.errors import EdgepeftError, ExitCode
+
+_PREFIX = "edgepeft: "
+"""What an error begins with."""
 
 app = typer.Typer(
     name="edgepeft",
@@ -46,6 +50,7 @@ app.add_typer(config.app, name="config")
 app.add_typer(config.cache_app, name="cache")
 app.command("doctor")(doctor.doctor)
 app.command("plan")(plan.plan)
+app.command("fits")(fits.fits)
 app.command("train")(train.train)
 app.command("chat")(chat.chat)
 app.command("eval")(evaluate.evaluate)
@@ -92,11 +97,12 @@ def run(arguments: list[str]) -> None:
         code = app(args=arguments, standalone_mode=False)
         sys.stdout.flush()
     except EdgepeftError as error:
-        _fail(str(error), error, error.exit_code)
+        _fail(error.lines(_PREFIX, stderr.width), error, error.exit_code)
     except typer.Abort:
         sys.exit(ExitCode.INTERRUPTED)
     except typer.TyperException as error:
-        _fail(f"{str(error).rstrip('. ')}. Add --help to see what there is.", error, ExitCode.USAGE)
+        said = " ".join(str(error).rstrip(". ").split())
+        _fail([f"{_PREFIX}{said}. Add --help to see what there is."], error, ExitCode.USAGE)
     except KeyboardInterrupt:
         sys.exit(ExitCode.INTERRUPTED)
     except BrokenPipeError:
@@ -107,11 +113,9 @@ def run(arguments: list[str]) -> None:
             _leave_closed_pipe()
         raise
     except Exception as error:  # noqa: BLE001 - the last line of defence: a bug of ours is told in one line too
-        _fail(
-            f"internal error: {type(error).__name__}: {error}. Run it again with --debug for the traceback.",
-            error,
-            ExitCode.BUG,
-        )
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        line = f"{_PREFIX}internal error: {said}. Run it again with --debug for the traceback."
+        _fail([line], error, ExitCode.BUG)
     sys.exit(code if isinstance(code, int) else ExitCode.DONE)
 
 
@@ -121,10 +125,11 @@ def _leave_closed_pipe() -> NoReturn:
     sys.exit(ExitCode.DONE)
 
 
-def _fail(message: str, error: Exception, code: ExitCode) -> None:
+def _fail(lines: list[str], error: Exception, code: ExitCode) -> NoReturn:
     if os.environ.get("EDGEPEFT_DEBUG"):
         import traceback
 
         traceback.print_exception(error)
-    stderr.print(f"edgepeft: {' '.join(message.split())}", markup=False, style=None)
+    for line in lines:
+        stderr.print(line, markup=False, style=None)
     sys.exit(code)

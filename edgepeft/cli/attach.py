@@ -16,7 +16,15 @@ from rich.table import Table
 from rich.text import Text
 
 from edgepeft.cli.output import line, note, stderr
-from edgepeft.cli.run_text import PHASES, memory_text, plain_line, sentence, summary_lines
+from edgepeft.cli.run_text import (
+    PHASES,
+    lost_text,
+    memory_text,
+    plain_line,
+    rescued_text,
+    sentence,
+    summary_lines,
+)
 from edgepeft.errors import ExitCode
 from edgepeft.plan.train_plan import TrainPlan
 from edgepeft.runs.control import request
@@ -24,10 +32,13 @@ from edgepeft.runs.events import Event, Failed, Finished, StepDone
 from edgepeft.runs.events_file import encode_event
 from edgepeft.runs.launch import log_tail
 from edgepeft.runs.layout import RunFolder
-from edgepeft.runs.state import RunState, RunWatch
+from edgepeft.runs.rescue import ending_of, rescue
+from edgepeft.runs.state import RunState, RunWatch, read_state
 from edgepeft.units import format_seconds
 
 _POLL_SECONDS = 0.2
+_RESCUE_SECONDS = 1.0
+"""How long it takes at the most until one who starts a killed worker again is seen doing so."""
 _PLAIN_SECONDS = 10.0
 """Least time between two step lines where no line can be redrawn."""
 
@@ -62,6 +73,8 @@ class Interrupts:
 def attach(run: RunFolder, plan: TrainPlan, *, as_json: bool = False, since: float = 0.0) -> int:
     """Follows a run until its worker ends or the user detaches, and returns the exit code of its outcome.
 
+    A worker that is killed meanwhile, or whose card fails, is started again once, with a smaller layout.
+
     Args:
         run: the run.
         plan: its plan, for the number of steps and the predicted peak.
@@ -76,13 +89,16 @@ def attach(run: RunFolder, plan: TrainPlan, *, as_json: bool = False, since: flo
             view = _LiveView(plan)
         else:
             view = _PlainView(plan)
-        stopping = False
+        stopping = worked = False
         with view:
             while True:
                 events, state = watch.poll()
                 view.show(events if as_json else [event for event in events if event.time >= since], state)
                 if not state.alive:
+                    if worked and not stopping and _goes_on(run, state, view):
+                        continue
                     break
+                worked = True
                 if interrupts.take():
                     answer = "detach" if stopping else view.ask(run, terminated=interrupts.terminated)
                     if answer == "detach":
@@ -94,6 +110,18 @@ def attach(run: RunFolder, plan: TrainPlan, *, as_json: bool = False, since: flo
                         view.tell("Stopping after this step, then saving. Ctrl-C again leaves it to itself.")
                 time.sleep(_POLL_SECONDS)
     return report_outcome(run, plan, watch.folded.ending, state, as_json=as_json)
+
+
+def _goes_on(run: RunFolder, state: RunState, view: _View) -> bool:
+    """Whether a run whose worker has just ended has a new one, from here or from somebody else who follows it."""
+    ending = ending_of(run, state)
+    if ending is None:
+        return False
+    if rescue(run, ending):
+        view.tell(rescued_text(state, ending), "yellow")
+        return True
+    time.sleep(_RESCUE_SECONDS)
+    return read_state(run).alive
 
 
 def report_outcome(
@@ -112,11 +140,7 @@ def report_outcome(
         if ending.traceback:
             note(f"The traceback is in {run.log_file}")
         return ending.exit_code
-    note(
-        f"edgepeft: run {run.id} is lost at step {state.step} of {state.steps}: its worker was killed. "
-        f"Resume it with `edgepeft runs resume {run.id}`.",
-        "red",
-    )
+    note(f"edgepeft: {lost_text(run.id, state, again=run.rescued_file.exists())}", "red")
     for text in log_tail(run, 5):
         note(f"  {text}")
     return ExitCode.INTERRUPTED

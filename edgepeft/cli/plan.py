@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from edgepeft.plan.train_plan import TrainPlan
 
 
-def build_plan(model: str, data: Path | None, overrides: dict[str, Any]) -> TrainPlan:
+def build_plan(model: str, data: Path | None, overrides: dict[str, Any], *, verify: bool = False) -> TrainPlan:
     """The plan for what was typed, with progress on stderr while a model is converted or data is tokenized.
 
     Args:
         model: a name in the store, a folder or a GGUF file.
         data: the training file; None plans by the preset's length.
         overrides: `PlanOptions.typed()`.
+        verify: simulate the plan's training step.
 
     Raises:
         EdgepeftError: bad options, model or data; `DoesNotFit` when no plan fits the budget.
@@ -31,7 +32,7 @@ def build_plan(model: str, data: Path | None, overrides: dict[str, Any]) -> Trai
     from edgepeft.plan.build import build
 
     with planning_progress() as tell:
-        return build(model, data, overrides, progress=tell)
+        return build(model, data, overrides, progress=tell, verify=verify)
 
 
 @contextmanager
@@ -51,16 +52,30 @@ def planning_progress() -> Iterator[Callable[[str, float | None], None]]:
 
 @takes_plan_options
 def plan(
-    model: Annotated[str, typer.Argument(help="Model: a name in the store, a folder or a GGUF file.")],
+    model: Annotated[
+        str,
+        typer.Argument(help="Model: a name in the store, a folder, a GGUF file, or one of `profiles list models`."),
+    ],
     options: PlanOptions,
     data: Annotated[Path | None, typer.Argument(help="Training data.", show_default=False)] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Simulate the training step without values, and compare its memory.")
+    ] = False,
     out_file: Annotated[
         Path | None, typer.Option("--out", help="Write the plan as TOML, for train --plan.", show_default=False)
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Choose a run that fits, and show why and what it costs."""
-    made = build_plan(model, data, options.typed())
+    from edgepeft.errors import DoesNotFit
+
+    try:
+        made = build_plan(model, data, options.typed(), verify=verify)
+    except DoesNotFit as error:
+        refusal = getattr(error, "refusal", None) if as_json else None
+        if refusal is not None:
+            print_json({"fits": False, "refusal": refusal})
+        raise
     if out_file is not None:
         from edgepeft.plan.files import write_plan_toml
 
@@ -73,4 +88,6 @@ def plan(
         for text, tone in explain(made, out.width):
             line(text, tone)
     if out_file is not None:
-        note(f"Written to {out_file}. Edit [spec] as you like, then: edgepeft train --plan {out_file} --name NAME")
+        trains = made.spec.recipe.data.path and made.spec.recipe.base.fingerprint
+        then = f", then: edgepeft train --plan {out_file} --name NAME" if trains else ""
+        note(f"Written to {out_file}. Edit [spec] as you like{then}")

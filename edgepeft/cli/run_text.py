@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import textwrap
+from typing import get_args
 
+from edgepeft.memory.breakdown import Category, Phase
 from edgepeft.plan.train_plan import TrainPlan
 from edgepeft.runs.events import (
     CheckpointSaved,
@@ -18,7 +20,8 @@ from edgepeft.runs.events import (
     StepDone,
     Warned,
 )
-from edgepeft.runs.state import RunState
+from edgepeft.runs.rescue import Ending
+from edgepeft.runs.state import HighestMemory, RunState
 from edgepeft.units import GIB, MIB, format_bytes, format_seconds
 
 STYLES = {
@@ -49,6 +52,22 @@ PHASES = {
     "evaluate": "Evaluating",
     "save": "Saving",
 }
+_WHERE = {
+    "probe": "while the largest micro-batch of {0.micro_batch_tokens:,} tokens was tried, before step {0.step}",
+    "evaluation": "in an evaluation after step {0.step} (micro-batch of {0.micro_batch_tokens:,} tokens)",
+} | dict.fromkeys(
+    ("load", "train step", "save"), "in step {0.step} ({0.phase}, micro-batch of {0.micro_batch_tokens:,} tokens)"
+)
+_AGAIN = {
+    "step": "Step {0.step} is done again with a smaller layout, nothing lost",
+    "probe": "The layout becomes smaller, what is learned stays the same",
+    "evaluation": "The evaluation goes on in smaller pieces, training as before",
+    "killed": "The worker before this one was killed, so step {0.step} begins with a smaller layout, nothing lost",
+    "device": "The card failed, so step {0.step} begins with a smaller layout, nothing lost",
+}
+_BAR_COLUMNS = 28
+_BAR_FROM_WIDTH = 100
+_EIGHTHS = " ▏▎▍▌▋▊▉"
 
 
 def sentence(event: Event) -> tuple[str, str] | None:
@@ -60,12 +79,9 @@ def sentence(event: Event) -> tuple[str, str] | None:
         case Warned():
             return f"{_at_step(event.step)}{event.message}", "yellow"
         case OutOfMemoryHit():
-            return (
-                f"Out of memory in step {event.step} ({event.phase}, micro-batch {event.micro_batch_tokens:,} tokens)",
-                "yellow",
-            )
+            return f"Out of memory {_WHERE[event.phase].format(event)}", "yellow"
         case Recovered():
-            return f"Step {event.step} is done again with a smaller layout, nothing lost: {event.what}", "yellow"
+            return f"{_AGAIN[event.cause].format(event)}: {event.what}", "yellow"
         case SampleGenerated():
             return f"Step {event.step}: {_one_line(event.prompt, 60)} → {_one_line(event.answer, 120)}", "dim"
         case Started() if event.step:
@@ -177,7 +193,76 @@ def peak_text(measured_bytes: int, predicted_bytes: int) -> str:
     text = f"peak {format_bytes(measured_bytes)} measured, {format_bytes(predicted_bytes)} predicted"
     if predicted_bytes <= 0:
         return text
-    return f"{text} ({100 * (measured_bytes / predicted_bytes - 1):+.1f} %)"
+    return f"{text} ({_error_text(measured_bytes, predicted_bytes)})"
+
+
+def memory_table(predicted: Phase, measured: HighestMemory, width: int) -> list[str]:
+    """Predicted and measured bytes by category, with the error of each; bars where the screen is wide enough.
+
+    Args:
+        predicted: the plan's ledger of its highest phase.
+        measured: the run's, at its highest point.
+        width: columns of the screen.
+    """
+    total = max(predicted.total_bytes, measured.peak_bytes, 1)
+    lines = [f"{'Memory by category':<28}{'predicted':>12}{'measured':>12}{'error':>11}"]
+    for category in get_args(Category):
+        held = (predicted.bytes_by_category.get(category, 0), measured.by_category.get(category, 0))
+        if any(held):
+            bar = _bar(held[1] / total) if width >= _BAR_FROM_WIDTH else ""
+            lines.append(f"{_memory_row(category, *held)}   {bar}".rstrip())
+    lines.append(_memory_row("peak", predicted.total_bytes, measured.peak_bytes))
+    places = [f"predicted: {predicted.name}" + (f", {predicted.place}" if predicted.place else "")]
+    if measured.place:
+        places.append(f"measured: {measured.place}")
+    if measured.rss_bytes is not None:
+        places.append(f"resident memory grew by up to {format_bytes(measured.rss_bytes)}")
+    text = " · ".join(places)
+    return [*lines, *textwrap.wrap(text, max(width, 40), initial_indent="  ", subsequent_indent="  ")]
+
+
+def _memory_row(name: str, predicted_bytes: int, measured_bytes: int) -> str:
+    error = _error_text(measured_bytes, predicted_bytes) if predicted_bytes else "–"
+    return f"  {name:<26}{_or_dash(predicted_bytes):>12}{_or_dash(measured_bytes):>12}{error:>11}"
+
+
+def _error_text(measured_bytes: int, predicted_bytes: int) -> str:
+    # Rounded before its sign is written, or a hair's breadth below would read as -0.0.
+    return f"{round(100 * (measured_bytes / predicted_bytes - 1), 1) + 0.0:+.1f} %"
+
+
+def _or_dash(size_bytes: int) -> str:
+    return format_bytes(size_bytes) if size_bytes else "–"
+
+
+def _bar(share: float) -> str:
+    eighths = round(8 * _BAR_COLUMNS * share)
+    return ("█" * (eighths // 8) + _EIGHTHS[eighths % 8]).rstrip()
+
+
+def rescued_text(state: RunState, ending: Ending) -> str:
+    """Why a run's worker was started again without being asked."""
+    what = (
+        "The worker was killed, probably for lack of memory"
+        if ending == "killed"
+        else f"The card failed ({state.message.rstrip('.')})"
+    )
+    since = f"its checkpoint of step {state.checkpoint_step}" if state.checkpoint_step is not None else "its beginning"
+    return f"{what}. This once the run goes on by itself, from {since} with a smaller layout; Ctrl-C stops it."
+
+
+def lost_text(run_id: str, state: RunState, *, again: bool) -> str:
+    """What to do about a run whose worker ended without a word.
+
+    Args:
+        run_id: of the run.
+        state: of it.
+        again: whether it had been started again before without being asked.
+    """
+    told = f"run {run_id} is lost at step {state.step} of {state.steps}: its worker was killed"
+    if again:
+        told += " once more, in a smaller layout; close other programs, or train with a smaller --budget"
+    return f"{told}. Resume it with `edgepeft runs resume {run_id}`."
 
 
 def progress_text(state: RunState) -> str:

@@ -61,15 +61,16 @@ def list_(as_json: JsonFlag = False) -> None:
 @app.command("show")
 def show(run_id: RunId, as_json: JsonFlag = False) -> None:
     """Show one run: its plan, what it does, its last events, and where its files lie."""
-    from edgepeft.cli.run_text import STYLES, memory_text, plan_lines, sentence
+    from edgepeft.cli.run_text import STYLES, memory_table, memory_text, plan_lines, sentence
     from edgepeft.runs.launch import log_tail
     from edgepeft.runs.layout import open_run
-    from edgepeft.runs.state import RunWatch
+    from edgepeft.runs.state import RunWatch, highest_memory
     from edgepeft.units import format_age
 
     run = open_run(run_id)
     plan = run.read_plan()
     events, state = RunWatch(run, plan.steps).poll()
+    measured = highest_memory(events)
     failed = state.status in ("failed", "lost")
     tail = log_tail(run) if failed else []
     if as_json:
@@ -79,6 +80,7 @@ def show(run_id: RunId, as_json: JsonFlag = False) -> None:
                 "id": run.id,
                 "state": state,
                 "plan": plan,
+                "memory": {"predicted": plan.memory.peak, "measured": measured},
                 "last_events": events[-10:],
                 "paths": {name: str(path) for name, path in paths.items()},
                 "log_tail": tail,
@@ -99,6 +101,11 @@ def show(run_id: RunId, as_json: JsonFlag = False) -> None:
         line(f"Measured {memory_text(state, plan.memory.peak_bytes)}")
     for text in plan_lines(plan, out.width):
         line(text)
+    if measured is not None:
+        head, *rows = memory_table(plan.memory.peak, measured, out.width)
+        line(head, "bold")
+        for text in rows:
+            line(text)
     sentences = [f"  {found[0]}" for event in events if (found := sentence(event))]
     if sentences:
         line("Events")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
 from edgepeft.errors import DeviceUnusable, UsageError
+from edgepeft.memory.target import Target
 from edgepeft.spec import ComputeDtype
 from edgepeft.units import GIB, MIB, format_gib
 
@@ -16,6 +18,8 @@ if TYPE_CHECKING:
 
 GPU_MARGIN_BYTES = 384 * MIB
 """Left free on a card beyond what is used now: a desktop opens windows while a run goes on."""
+TAKEN_SHARE = 0.15
+"""Part of a card that others may hold before a plan speaks of them; a desktop takes less."""
 CPU_SHARE = 0.6
 """Share of the available RAM that a run on the CPU may fill with tensors; the rest is for the interpreter, the page
 cache of the weights, and everybody else."""
@@ -37,8 +41,21 @@ class PlanDevice(msgspec.Struct, frozen=True):
     compute_dtype: ComputeDtype
     compute_why: str
     """Why products run in that dtype, in one line."""
+    capability: tuple[int, int] | None = None
+    """CUDA compute capability; None on the CPU and where it is not known."""
     present: bool = True
     """Whether it is in this machine; plans can be made for cards that are not."""
+    tensor_flops: float | None = None
+    """Operations a second of its tensor cores, as its profile says; None where that is not known."""
+    free_bytes: int | None = None
+    """What is free on it now; None where it is not in this machine."""
+    taken: str = ""
+    """Who holds much of a card now, in words; empty when it is mostly free."""
+
+    @property
+    def target(self) -> Target:
+        """The device as memory predictions know it."""
+        return Target(self.kind, self.capability, expandable_segments=os.name != "nt")
 
 
 def cpu_device(host: HostSnapshot) -> PlanDevice:
@@ -58,6 +75,7 @@ def cpu_device(host: HostSnapshot) -> PlanDevice:
         budget_why=f"{CPU_SHARE:.0%} of the {format_gib(host.ram_available_bytes, digits=1)} of RAM free now",
         compute_dtype="bf16" if fast_bf16 else "fp32",
         compute_why=why,
+        free_bytes=host.ram_available_bytes,
     )
 
 
@@ -71,8 +89,12 @@ def card_device(card: GpuSnapshot) -> PlanDevice:
         raise DeviceUnusable(
             f"{card.name} does not tell its memory", where="--gpu", hint="Give --budget and --gpu with a profile id"
         )
+    from edgepeft.profiles import match_gpu
+
     bf16 = card.bf16 is not False
-    margin = f"{format_gib(card.free_bytes, digits=1)} free now, less a margin of {format_gib(GPU_MARGIN_BYTES)}"
+    free, total = format_gib(card.free_bytes, digits=1), format_gib(card.total_bytes, digits=1)
+    margin = f"{free} of {total} free now, less a margin of {format_gib(GPU_MARGIN_BYTES)}"
+    profile = match_gpu(card)
     return PlanDevice(
         id=card.uuid,
         name=card.name,
@@ -82,6 +104,10 @@ def card_device(card: GpuSnapshot) -> PlanDevice:
         budget_why=margin,
         compute_dtype="bf16" if bf16 else "fp16",
         compute_why=_card_dtype_why(bf16),
+        capability=card.capability,
+        tensor_flops=_tensor_flops(profile),
+        free_bytes=card.free_bytes,
+        taken=_taken(card, card.total_bytes - card.free_bytes, card.total_bytes),
     )
 
 
@@ -98,7 +124,9 @@ def profile_device(profile: GpuProfile) -> PlanDevice:
         budget_why=why,
         compute_dtype="bf16" if profile.bf16 else "fp16",
         compute_why=_card_dtype_why(profile.bf16),
+        capability=profile.capability,
         present=False,
+        tensor_flops=_tensor_flops(profile),
     )
 
 
@@ -124,11 +152,13 @@ def find_device(wanted: str | None) -> PlanDevice:
     for card in cards:
         if wanted in (card.uuid, str(card.index)):
             return card_device(card)
+    from edgepeft.profiles import find_gpu, load_gpus, match_gpu
+
     if wanted.isdigit() or wanted.startswith("GPU-"):
         known = ", ".join(f"{card.index} ({card.name})" for card in cards) or "none"
-        raise UsageError(f"this machine has no card {wanted}", where="--gpu", hint=f"Cards here: {known}")
-    from edgepeft.profiles import find_gpu, match_gpu
-
+        described = [name for name in load_gpus() if wanted in name.split("-")]
+        meant = f". For a card of another machine: {' or '.join(described)}" if described else ""
+        raise UsageError(f"this machine has no card {wanted}", where="--gpu", hint=f"Cards here: {known}{meant}")
     profile = find_gpu(wanted)
     here = [card for card in cards if (found := match_gpu(card)) is not None and found.id == profile.id]
     return card_device(here[0]) if here else profile_device(profile)
@@ -153,6 +183,21 @@ def _cpu() -> PlanDevice:
     from edgepeft.hardware.host import read_host
 
     return cpu_device(read_host())
+
+
+def _taken(card: GpuSnapshot, used_bytes: int, total_bytes: int) -> str:
+    if used_bytes < TAKEN_SHARE * total_bytes:
+        return ""
+    named = [
+        f"{process.name} {format_gib(process.used_bytes, digits=1)}" if process.used_bytes else process.name
+        for process in card.processes[:3]
+    ]
+    by = f" ({', '.join(named)})" if named else ""
+    return f"{format_gib(used_bytes, digits=1)} of {format_gib(total_bytes, digits=1)} are held by others{by}"
+
+
+def _tensor_flops(profile: GpuProfile | None) -> float | None:
+    return profile.tensor_tflops * 1e12 if profile is not None and profile.tensor_tflops is not None else None
 
 
 def _card_dtype_why(bf16: bool) -> str:

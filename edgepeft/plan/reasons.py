@@ -6,13 +6,19 @@ from typing import TYPE_CHECKING
 
 from edgepeft.errors import BadInput
 from edgepeft.methods import method_of
+from edgepeft.plan.speed import say_time
 from edgepeft.plan.train_plan import Choice, DataSummary, Origin
 from edgepeft.spec import Recipe, RunSpec
 from edgepeft.units import format_bytes, format_count, format_share
 
 if TYPE_CHECKING:
     from edgepeft.plan.search import Candidate, Search
+    from edgepeft.plan.speed import RunTime
 
+TIME = "time"
+"""The row of a plan that tells how long it takes."""
+NO_CORRECTION = 0.0005
+"""A correction below this would be shown as none."""
 _TYPED = "as typed"
 _PRECISION_WORDS = {
     "fp32": "32 bit, as the products",
@@ -71,7 +77,9 @@ def shown_values(spec: RunSpec) -> dict[str, str]:
     }
 
 
-def describe(search: Search, chosen: Candidate, spec: RunSpec, data: DataSummary | None) -> tuple[Choice, ...]:
+def describe(
+    search: Search, chosen: Candidate, spec: RunSpec, data: DataSummary | None, time: RunTime | None
+) -> tuple[Choice, ...]:
     """Every choice of the plan in the order in which it is shown.
 
     Args:
@@ -79,6 +87,7 @@ def describe(search: Search, chosen: Candidate, spec: RunSpec, data: DataSummary
         chosen: the values that memory decides.
         spec: the run.
         data: what is known of the data.
+        time: how long the run takes.
     """
     preset, pins, recipe = search.request.preset, search.pins, spec.recipe
     given = search.request.given
@@ -112,7 +121,7 @@ def describe(search: Search, chosen: Candidate, spec: RunSpec, data: DataSummary
     add("dropout", preset.dropout.description, "preset")
     add("micro-batch-tokens", _micro_batch_why(search, chosen))
     add("checkpointing", _checkpointing_why(search, chosen))
-    add("loss-chunk-tokens", _chunk_why(search))
+    add("loss-chunk-tokens", _chunk_why(search, chosen))
     add("samples-per-step", *_samples_why(search, recipe))
     add("epochs", *_epochs_why(search, recipe))
     if recipe.max_steps is not None:
@@ -129,7 +138,14 @@ def describe(search: Search, chosen: Candidate, spec: RunSpec, data: DataSummary
             "preset",
         )
     add("seed", "of order, dropout and start")
+    if time is not None:
+        found.append(time_choice(time))
     return tuple(found)
+
+
+def time_choice(time: RunTime) -> Choice:
+    """How long the run takes, beside what was chosen."""
+    return Choice(TIME, say_time(time.seconds), "auto", time.why)
 
 
 def notes_of(search: Search, chosen: Candidate, data: DataSummary | None) -> tuple[str, ...]:
@@ -161,11 +177,37 @@ def notes_of(search: Search, chosen: Candidate, data: DataSummary | None) -> tup
         )
     if data is not None and data.train_samples < 50:
         notes.append(f"Only {data.train_samples} training samples: expect a change of style, not new skills.")
+    if search.correction is not None:
+        notes.append(_correction_note(search))
+    if not search.careful:
+        notes.append(
+            f"The plan is within {format_share(search.cost(chosen).uncertainty, digits=0)} of the budget, which is "
+            "how far the prediction may be off: --verify runs the step without values first."
+        )
+    if device.taken:
+        notes.append(f"{device.taken}: the plan uses what is free.")
+    if device.free_bytes is not None and search.request.budget_bytes > device.free_bytes:
+        notes.append(
+            f"The budget is larger than the {format_bytes(device.free_bytes)} that are free now: close other programs "
+            "before the run starts."
+        )
     if not device.present:
         notes.append(f"{device.name} is not in this machine: the plan is for one that has it.")
     if device.kind == "cuda":
         notes.append("CUDA context and allocator slack are assumptions here, not measurements.")
     return tuple(notes)
+
+
+def _correction_note(search: Search) -> str:
+    found, device = search.correction, search.request.device
+    assert found is not None
+    family = search.shape.architecture.removesuffix("ForCausalLM")
+    on = "this CPU" if device.kind == "cpu" else device.name
+    runs = "a run" if found.runs == 1 else f"{found.runs} runs"
+    about = f"Predictions for {family} models on {on}"
+    if abs(found.factor - 1) < NO_CORRECTION:
+        return f"{about} need no correction, after {runs.replace('run', 'measured run')}."
+    return f"{about} are corrected by {100 * (found.factor - 1):+.1f} % beyond the base, from {runs}."
 
 
 def _precision_why(search: Search, chosen: Candidate) -> str:
@@ -209,15 +251,15 @@ def _rank_why(search: Search, chosen: Candidate) -> str:
 
 
 def _micro_batch_why(search: Search, chosen: Candidate) -> str:
-    longest = search.longest_sample(chosen.max_seq_len)
-    if chosen.micro_batch_tokens == longest:
-        return "the longest sample; more does not fit or helps little"
-    lengths = search.request.lengths
-    if lengths is not None and chosen.micro_batch_tokens >= lengths.step_tokens(
-        search.samples_per_step, chosen.max_seq_len
-    ):
+    sizes = search.micro_batches(search.leanest(chosen.max_seq_len, chosen.precision, chosen.rank))
+    lengths, tokens = search.request.lengths, chosen.micro_batch_tokens
+    if lengths is not None and tokens >= lengths.step_tokens(search.spec(chosen).recipe):
         return "a whole optimizer step at once"
-    return "packed without padding, to keep the device busy"
+    if tokens >= sizes[-1]:
+        return "packed without padding; more would not be faster"
+    if tokens == sizes[0]:
+        return "the longest sample; more does not fit or helps little"
+    return "packed without padding; the most that fits"
 
 
 def _checkpointing_why(search: Search, chosen: Candidate) -> str:
@@ -226,8 +268,11 @@ def _checkpointing_why(search: Search, chosen: Candidate) -> str:
     return "less memory, about a third slower"
 
 
-def _chunk_why(search: Search) -> str:
-    return f"rows of {search.shape.vocab:,} logits at a time"
+def _chunk_why(search: Search, chosen: Candidate) -> str:
+    rows = f"rows of {search.shape.vocab:,} logits at a time"
+    from edgepeft.plan.search import LOSS_CHUNKS
+
+    return f"{rows}; fewer than usual, to save memory" if chosen.loss_chunk_tokens < LOSS_CHUNKS[0] else rows
 
 
 def _samples_why(search: Search, recipe: Recipe) -> tuple[str, Origin]:

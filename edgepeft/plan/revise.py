@@ -9,13 +9,21 @@ from pathlib import Path
 import msgspec
 
 from edgepeft.errors import BadInput, DoesNotFit, UsageError
-from edgepeft.memory.estimate import estimate_training
+from edgepeft.memory.assembly import is_exact
+from edgepeft.memory.calibration import Correction, corrected
+from edgepeft.memory.dry_run import DryRunRequest
+from edgepeft.plan.device import find_device
 from edgepeft.plan.lengths import SampleLengths
-from edgepeft.plan.reasons import check_samples_left, shown_values, steps_of
+from edgepeft.plan.prediction import correction_for, predict
+from edgepeft.plan.reasons import TIME, check_samples_left, shown_values, steps_of, time_choice
+from edgepeft.plan.simulated import read_config
+from edgepeft.plan.speed import RunTime, time_run
 from edgepeft.plan.train_plan import Choice, TrainPlan
+from edgepeft.plan.verify import dry_run
 from edgepeft.spec import RunSpec
 from edgepeft.units import format_bytes
 
+EDITED = "edited in the plan file"
 Progress = Callable[[str, float | None], None]
 
 
@@ -56,29 +64,53 @@ def revise(plan: TrainPlan, *, where: str, progress: Progress | None = None) -> 
         if progress is not None:
             progress("tokenizing", done / total if total else None)
 
+    def say(what: str) -> None:
+        if progress is not None:
+            progress(what, None)
+
     prepared = prepare(recipe.data, Path(entry.folder), progress=tell)
     lengths = SampleLengths(prepared.train, prepared.held_out)
+    device = find_device(spec.device)
     try:
-        memory = estimate_training(
-            spec,
-            entry.shape,
-            longest_sample=min(recipe.max_seq_len, max(lengths.longest, lengths.longest_held_out)),
-            device_kind="cpu" if spec.device == "cpu" else "cuda",
-            step_tokens=lengths.step_tokens(recipe.samples_per_step, recipe.max_seq_len),
-        )
+        workloads = lengths.exact(spec)
+        # A plan that was simulated keeps what the dry run put on the closed form.
+        kept = None if plan.dry_run is None else Correction(plan.memory.correction, 0)
+        learnt = correction_for(device, entry.shape)
+        prediction = predict(spec, entry.shape, workloads, device.target, kept or learnt)
     except UsageError as error:
         raise BadInput(error.what, where=f"{where}, {error.where}", hint=error.hint) from error
     data = lengths.summary(recipe.max_seq_len, recipe.overlong)
     check_samples_left(data, recipe)
     steps = steps_of(recipe, data.train_samples)
-    revised = msgspec.structs.replace(plan, choices=_marked(plan.choices, spec), memory=memory, steps=steps, data=data)
+    time = time_run(spec, entry.shape, device, lengths, weights_bytes=entry.weights_bytes)
+    memory = prediction.memory
+    if not is_exact(entry.shape) and plan.dry_run is None:
+        # It could not be simulated: the closed form is as unsure as it was.
+        memory = msgspec.structs.replace(memory, uncertainty=plan.memory.uncertainty)
+    elif not is_exact(entry.shape):
+        question = DryRunRequest(spec, read_config(Path(entry.folder)), prediction.workload, device.target)
+        memory = corrected(dry_run(question, say).memory, learnt)
+    revised = msgspec.structs.replace(
+        plan,
+        choices=_marked(plan.choices, spec, time),
+        memory=memory,
+        steps=steps,
+        data=data,
+        operations=time.operations if time else 0.0,
+        seconds=time.seconds if time else None,
+        workload=prediction.workload,
+    )
     if (memory.peak_bytes, steps) != (plan.memory.peak_bytes, plan.steps):
+        edited = any(choice.why == EDITED for choice in revised.choices)
         changed = (
-            f"[spec] was edited since it was planned: {format_bytes(memory.peak_bytes)} and {steps:,} steps are "
-            f"predicted now, not {format_bytes(plan.memory.peak_bytes)} and {plan.steps:,}."
+            f"{'[spec] was edited' if edited else 'More is known'} since it was planned: "
+            f"{format_bytes(memory.peak_bytes)} and {steps:,} steps are predicted now, not "
+            f"{format_bytes(plan.memory.peak_bytes)} and {plan.steps:,}."
         )
-        # Speed and runner-ups were those of the plan as it was.
-        revised = msgspec.structs.replace(revised, seconds=None, alternatives=(), notes=(*plan.notes, changed))
+        # Runner-ups and the dry run were those of the plan as it was.
+        revised = msgspec.structs.replace(
+            revised, alternatives=(), wants_more={}, dry_run=None, notes=(*plan.notes, changed)
+        )
     check_fits(revised, where=where)
     return revised
 
@@ -143,11 +175,13 @@ def check_values(spec: RunSpec, where: str) -> None:
             raise BadInput(f"{value} is not a share", where=f"{where}, spec.{key}", hint="Give 0 to below 1")
 
 
-def _marked(choices: tuple[Choice, ...], spec: RunSpec) -> tuple[Choice, ...]:
+def _marked(choices: tuple[Choice, ...], spec: RunSpec, time: RunTime | None) -> tuple[Choice, ...]:
     values = shown_values(spec)
-    return tuple(
+    marked = [
         choice
         if choice.what not in values or choice.value == values[choice.what]
-        else Choice(choice.what, values[choice.what], "user", "edited in the plan file")
+        else Choice(choice.what, values[choice.what], "user", EDITED)
         for choice in choices
-    )
+        if choice.what != TIME
+    ]
+    return (*marked, time_choice(time)) if time is not None else tuple(marked)

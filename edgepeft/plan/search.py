@@ -1,225 +1,113 @@
 """The search for the best run that fits a budget.
 
 Quality comes first, in this order: samples kept whole, precision of the base, rank. Each is settled with the leanest
-layout that executes it; the memory that is left then buys speed. What the user typed is kept as it is.
+layout that executes it; the memory that is left then buys speed, cheapest means first: smaller pieces of the loss,
+smaller micro-batches, checkpointing. What the user typed is kept as it is.
+
+Candidates are judged by a bound on their micro-batches; where that lies a little above the budget, and for the plan
+itself, the micro-batches that the run really makes are counted.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal, cast
+from collections.abc import Iterator
+from functools import cached_property
 
 import msgspec
 
-from edgepeft.errors import DoesNotFit, UsageError
 from edgepeft.memory.breakdown import Breakdown
-from edgepeft.memory.estimate import estimate_training
-from edgepeft.methods import LoraConfig, method_of
-from edgepeft.plan.device import PlanDevice
-from edgepeft.plan.lengths import SampleLengths
-from edgepeft.plan.pins import Pins, check_pins
-from edgepeft.plan.train_plan import Alternative, Origin, TrainPlan
-from edgepeft.profiles import Preset
-from edgepeft.spec import (
-    BaseRef,
-    Checkpointing,
-    ComputeDtype,
-    DataRef,
-    Layout,
-    Optimizer,
-    Precision,
-    Recipe,
-    RunSpec,
-    Schedule,
-    Upkeep,
-)
-from edgepeft.units import format_bytes
+from edgepeft.memory.calibration import Correction
+from edgepeft.memory.workload import Workload, full_workload
+from edgepeft.plan.prediction import Prediction, correction_for, predict
+from edgepeft.plan.request import Candidate, Given, PlanRequest
+from edgepeft.plan.space import Space
+from edgepeft.plan.speed import SATURATION, RunTime, relative_speed, time_run
+from edgepeft.plan.train_plan import TrainPlan
+from edgepeft.spec import Checkpointing, Precision, RunSpec, Upkeep
 
-if TYPE_CHECKING:
-    from edgepeft.models.store import ModelEntry
+__all__ = ["Candidate", "Given", "PlanRequest", "Search", "make_plan"]
 
 LOSS_CHUNKS = (256, 128, 64)
 """Rows of logits at one time, fastest first; smaller ones save memory under a large vocabulary."""
-LENGTH_STEP = 64
+LENGTH_STEP = 16
 """A length that memory limits is a multiple of this."""
-RECOMPUTE_SPEED = 2 / 3
-"""Speed with checkpointing, as a share: beside one forward and one backward, of equal cost under frozen weights, every
-layer runs forward once more."""
-SATURATION: dict[Literal["cpu", "cuda"], tuple[int, int]] = {"cpu": (64, 2048), "cuda": (512, 8192)}
-"""Tokens of a micro-batch at which a device reaches half of its speed, and above which more bring nothing. Rules of
-thumb: `doctor --measure` does not exist for them yet."""
-WIDTH_OF_PRESET_RATE = 4096
-RATE_EXPONENT = 0.82
-"""The learning rate goes as width^-0.82: through 2e-4 at 4,096 (QLoRA's rate for Llama-7B, arXiv 2305.14314, which
-lowers it to 1e-4 from 6,656 on) and 1e-3 at 576, found by trial on the embedded model."""
-LARGEST_RATE = 2e-3
+MICRO_BATCH_STEPS = 16
+"""Sizes of micro-batches that are tried from some tokens to twice as many."""
+NEAR_BUDGET = ((1_000, math.inf), (20_000, 2.0), (math.inf, 1.15))
+"""For runs of up to so many samples, all steps together: the bound, in budgets, up to which micro-batches are counted
+instead; in long runs that takes a fraction of a second."""
 
 
-class Given(msgspec.Struct, frozen=True):
-    """Where a value that was decided before the search comes from."""
-
-    value: str
-    origin: Origin
-    why: str
-
-
-class PlanRequest(msgspec.Struct, frozen=True):
-    """Everything that a plan is made from."""
-
-    entry: ModelEntry
-    preset: Preset
-    device: PlanDevice
-    budget_bytes: int
-    data: DataRef | None = None
-    lengths: SampleLengths | None = None
-    """Sample lengths of `data`."""
-    overrides: dict[str, object] = {}
-    """Only what the user typed, by option name with underscores."""
-    given: dict[str, Given] = {}
-    """`gpu`, `budget` and `intent`, as they came about."""
-    notes: tuple[str, ...] = ()
-    """What reading the data found."""
-
-
-class Candidate(msgspec.Struct, frozen=True):
-    """The values that memory decides."""
-
-    max_seq_len: int
-    precision: Precision
-    rank: int
-    micro_batch_tokens: int
-    checkpointing: Checkpointing
-    loss_chunk_tokens: int
-
-
-class Search:
+class Search(Space):
     """One search; afterwards it knows what the chosen values were weighed against."""
 
     def __init__(self, request: PlanRequest) -> None:
-        self.request = request
-        self.pins: Pins = check_pins(dict(request.overrides))
-        self.shape = request.entry.shape
-        self.compute_dtype: ComputeDtype = self.pins.get("compute_dtype", request.device.compute_dtype)
-        self.precisions = self._possible_precisions()
-        self.ranks = self._possible_ranks()
-        self.targets: tuple[str, ...] = self.pins.get("targets", request.preset.targets.value)
-        self.samples_per_step = self._samples_per_step()
-        method_of(self.method(self.ranks[-1])).targeted(self.method(self.ranks[-1]), self.shape)
-
-    # What may be chosen ------------------------------------------------------------------------------------------
-
-    def _possible_precisions(self) -> tuple[Precision, ...]:
-        stored = self.request.entry.stored_as
-        if stored in ("bnb-4bit", "bnb-8bit"):
-            only: Precision = "nf4" if stored == "bnb-4bit" else "int8"
-            if self.pins.get("precision", only) != only:
-                raise UsageError(
-                    f"this base is stored quantized ({stored}); it can only be used as {only}",
-                    where="--precision",
-                    hint="Add the original model for another precision",
-                )
-            return (only,)
-        if "precision" in self.pins:
-            return (self.pins["precision"],)
-        dense: dict[ComputeDtype, tuple[Precision, ...]] = {
-            # Held in the dtype of the products, a matrix needs no conversion at each of them.
-            "fp32": ("fp32", "bf16"),
-            "bf16": ("bf16",),
-            "fp16": ("fp16",),
-        }
-        found: list[Precision] = []
-        for name in self.request.preset.precisions.value:
-            found += dense[self.compute_dtype] if name in ("bf16", "fp16") else (cast(Precision, name),)
-        return tuple(dict.fromkeys(found))
-
-    def _possible_ranks(self) -> tuple[int, ...]:
-        if "rank" in self.pins:
-            return (self.pins["rank"],)
-        smallest = min(min(linear.in_features, linear.out_features) for linear in self.shape.adaptable)
-        ranks = tuple(rank for rank in self.request.preset.ranks.value if rank <= smallest)
-        return ranks or (smallest,)
-
-    @property
-    def context(self) -> int:
-        """The longest sample that the model was made for."""
-        return self.shape.context_length
-
-    def target_length(self) -> int:
-        """The length that is wanted when memory is no concern."""
-        if "max_seq_len" in self.pins:
-            return min(int(self.pins["max_seq_len"]), self.context)
-        lengths = self.request.lengths
-        if lengths is None:
-            return min(self.request.preset.max_seq_len.value, self.context)
-        return min(lengths.covering(self.request.preset.whole_share.value), self.context)
-
-    def longest_sample(self, max_seq_len: int) -> int:
-        """The longest sample that occurs under that limit."""
-        lengths = self.request.lengths
-        return max_seq_len if lengths is None else min(max_seq_len, max(lengths.longest, lengths.longest_held_out))
-
-    def _samples_per_step(self) -> int:
-        if "samples_per_step" in self.pins:
-            return int(self.pins["samples_per_step"])
-        wanted = self.request.preset.samples_per_step.value
-        if self.request.lengths is None:
-            return wanted
-        # Some 25 steps a pass at least, down to 4 samples a step.
-        few = self.request.lengths.samples // 25
-        return max(min(4, wanted), min(wanted, 1 << max(0, few.bit_length() - 1)))
+        super().__init__(request)
+        self.correction = correction_for(request.device, self.shape)
+        self.careful = True
+        """Whether a plan leaves room for the prediction's uncertainty; given up when nothing fits otherwise."""
+        self._predictions: dict[Candidate, Prediction] = {}
+        self._counted: set[Candidate] = set()
 
     # What a candidate costs --------------------------------------------------------------------------------------
 
-    def method(self, rank: int) -> LoraConfig:
-        """The method's config at a rank."""
-        return LoraConfig(
-            rank=rank,
-            alpha=self.pins.get("alpha", 2.0 * rank),
-            targets=self.targets,
-            dropout=self.pins.get("dropout", self.request.preset.dropout.value),
-        )
-
-    def spec(self, candidate: Candidate) -> RunSpec:
-        """The run of a candidate."""
-        request, pins, preset = self.request, self.pins, self.request.preset
-        recipe = Recipe(
-            base=BaseRef(request.entry.name, request.entry.fingerprint, self.shape.architecture),
-            data=request.data or DataRef(path="", fingerprint="", format=""),
-            method=self.method(candidate.rank),
-            precision=candidate.precision,
-            compute_dtype=self.compute_dtype,
-            max_seq_len=candidate.max_seq_len,
-            samples_per_step=self.samples_per_step,
-            overlong=pins.get("overlong", "truncate"),
-            epochs=self.epochs(),
-            max_steps=self.max_steps(),
-            optimizer=Optimizer(
-                learning_rate=self.learning_rate(),
-                weight_decay=pins.get("weight_decay", preset.weight_decay.value),
-            ),
-            schedule=Schedule(
-                name=pins.get("schedule", preset.schedule.value),
-                warmup_fraction=pins.get("warmup", preset.warmup_fraction.value),
-            ),
-            seed=pins.get("seed", 0),
-        )
-        layout = Layout(candidate.micro_batch_tokens, candidate.checkpointing, candidate.loss_chunk_tokens)
-        return RunSpec(recipe, layout, device=request.device.id, budget_bytes=request.budget_bytes)
-
     def cost(self, candidate: Candidate) -> Breakdown:
-        """What a candidate needs."""
+        """What a candidate needs at the most; what it needs, once `count` has looked at its micro-batches."""
+        return self.prediction(candidate).memory
+
+    def prediction(self, candidate: Candidate) -> Prediction:
+        """`cost` with the workload that decides it."""
+        if candidate not in self._predictions:
+            lengths = self.request.lengths
+            if lengths is None:
+                workload = full_workload(candidate.micro_batch_tokens, candidate.max_seq_len)
+            else:
+                workload = lengths.bound(self.spec(candidate))
+            self._predictions[candidate] = self._predict(candidate, (workload,))
+        return self._predictions[candidate]
+
+    def count(self, candidate: Candidate) -> Prediction:
+        """What a candidate needs for the micro-batches that its run really makes."""
         lengths = self.request.lengths
-        return estimate_training(
-            self.spec(candidate),
-            self.shape,
-            longest_sample=self.longest_sample(candidate.max_seq_len),
-            device_kind=self.request.device.kind,
-            step_tokens=None if lengths is None else lengths.step_tokens(self.samples_per_step, candidate.max_seq_len),
-        )
+        if lengths is not None and candidate not in self._counted:
+            self._counted.add(candidate)
+            self._predictions[candidate] = self._predict(candidate, lengths.exact(self.spec(candidate)))
+        return self.prediction(candidate)
+
+    def _predict(self, candidate: Candidate, workloads: tuple[Workload, ...]) -> Prediction:
+        found = self.correction
+        factor = self.request.factors.get(candidate.checkpointing)
+        if factor is not None:
+            found = Correction(factor * (found.factor if found else 1.0), found.runs if found else 0)
+        prediction = predict(self.spec(candidate), self.shape, workloads, self.request.device.target, found)
+        if (uncertainty := self.request.uncertainty) is None:
+            return prediction
+        memory = msgspec.structs.replace(prediction.memory, uncertainty=uncertainty)
+        return msgspec.structs.replace(prediction, memory=memory)
 
     def fits(self, candidate: Candidate) -> bool:
-        """Whether its predicted peak is within the budget."""
-        return self.cost(candidate).peak_bytes <= self.request.budget_bytes
+        """Whether its predicted peak is within the budget, with room for the prediction's uncertainty."""
+        budget = self.request.budget_bytes
+        needed = self._needed(self.prediction(candidate))
+        if budget < needed <= self._near * budget:
+            needed = self._needed(self.count(candidate))
+        return needed <= budget
+
+    @cached_property
+    def _near(self) -> float:
+        lengths = self.request.lengths
+        run = None if lengths is None else lengths.steps(self.spec(self.leanest_of_all).recipe)
+        samples = math.inf if run is None else run.steps * run.samples_per_step
+        return next(near for most, near in NEAR_BUDGET if samples <= most)
+
+    def _needed(self, prediction: Prediction) -> int:
+        return prediction.safe_bytes if self.careful else prediction.memory.peak_bytes
+
+    @property
+    def leanest_of_all(self) -> Candidate:
+        """The smallest plan that the search may come to."""
+        return self.leanest(self.least_length(), self.precisions[-1], self.ranks[-1])
 
     def leanest(self, max_seq_len: int, precision: Precision, rank: int) -> Candidate:
         """The layout that executes these with the least memory."""
@@ -240,11 +128,25 @@ class Search:
         Raises:
             DoesNotFit: none does.
         """
+        found = self.find()
+        if found is None:
+            from edgepeft.plan.refusal import NothingFits
+
+            raise NothingFits(self)
+        return found
+
+    def find(self) -> Candidate | None:
+        """The best candidate that fits; None when none does."""
         length = self._longest_affordable()
+        if length is None:
+            self.careful = False
+            length = self._longest_affordable()
+        if length is None:
+            return None
         least_rank = self.ranks[-1]
         precision = next(p for p in self.precisions if self.fits(self.leanest(length, p, least_rank)))
         rank = next(r for r in self.ranks if self.fits(self.leanest(length, precision, r)))
-        return self._fastest(length, precision, rank)
+        return self.fastest(length, precision, rank)
 
     def smallest(self, max_seq_len: int) -> Candidate:
         """The candidate that needs least at a length."""
@@ -253,150 +155,137 @@ class Search:
             key=lambda candidate: self.cost(candidate).peak_bytes,
         )
 
-    def _longest_affordable(self) -> int:
-        target = self.target_length()
-        if self.fits(self.smallest(target)):
+    def least_length(self) -> int:
+        """The shortest limit that a plan may go down to."""
+        target: int = self.target_length()
+        return target if "max_seq_len" in self.pins else min(target, self.request.preset.min_seq_len.value)
+
+    def _longest_affordable(self) -> int | None:
+        target, least = self.target_length(), self.least_length()
+        if self._affords(target):
             return target
-        least = min(target, self.request.preset.min_seq_len.value)
-        if "max_seq_len" in self.pins or not self.fits(self.smallest(least)):
-            raise self._refusal(target if "max_seq_len" in self.pins else least)
-        low, high = least, target  # low fits, high does not
-        while high - low > LENGTH_STEP:
+        if least == target or not self._affords(least):
+            return None
+        tried: list[int] = [*range(least, target, LENGTH_STEP), target]
+        low, high = 0, len(tried) - 1  # the first fits, the last does not
+        while high - low > 1:
             middle = (low + high) // 2
-            low, high = (middle, high) if self.fits(self.smallest(middle)) else (low, middle)
-        return max(least, low // LENGTH_STEP * LENGTH_STEP)
+            low, high = (middle, high) if self.fits(self.smallest(tried[middle])) else (low, middle)
+        return tried[low]
 
-    def _fastest(self, length: int, precision: Precision, rank: int) -> Candidate:
+    def _affords(self, length: int) -> bool:
+        """Whether the smallest plan of a length fits, by its own micro-batches and not by a bound on them."""
+        smallest = self.smallest(length)
+        self.count(smallest)
+        return self.fits(smallest)
+
+    def fastest(self, length: int, precision: Precision, rank: int) -> Candidate:
+        """The fastest layout of these that fits; the leanest when none does."""
         lean = self.leanest(length, precision, rank)
-        modes: tuple[Checkpointing, ...] = ("none", "layer")
-        candidates = [
-            msgspec.structs.replace(lean, micro_batch_tokens=tokens, checkpointing=mode, loss_chunk_tokens=chunk)
-            for tokens in self._micro_batches(length)
-            for mode in ((self.pins["checkpointing"],) if "checkpointing" in self.pins else modes)
-            for chunk in ((self.pins["loss_chunk_tokens"],) if "loss_chunk_tokens" in self.pins else LOSS_CHUNKS)
-        ]
-        fitting = [candidate for candidate in candidates if self.fits(candidate)]
-        return max(fitting, key=self.speed, default=lean)
+        return max(
+            self._layouts(lean), key=lambda found: (self.speed(found), -self.cost(found).peak_bytes), default=lean
+        )
 
-    def _micro_batches(self, length: int) -> list[int]:
+    def _layouts(self, lean: Candidate) -> Iterator[Candidate]:
+        """For each checkpointing and each chunk the largest micro-batch that fits."""
+        sizes, fastest = self.micro_batches(lean), 0.0
+        for mode, chunk in self._modes_and_chunks():
+            layout = msgspec.structs.replace(lean, checkpointing=mode, loss_chunk_tokens=chunk)
+            if self.speed(msgspec.structs.replace(layout, micro_batch_tokens=sizes[-1])) <= fastest:
+                # Not even its largest micro-batch would be faster than what fits already.
+                continue
+            found = self._largest_fitting(layout, sizes)
+            if found is not None:
+                fastest = max(fastest, self.speed(found))
+                yield found
+
+    def _modes_and_chunks(self) -> Iterator[tuple[Checkpointing, int]]:
+        modes: tuple[Checkpointing, ...] = ("none", "layer")
+        for mode in (self.pins["checkpointing"],) if "checkpointing" in self.pins else modes:
+            for chunk in (self.pins["loss_chunk_tokens"],) if "loss_chunk_tokens" in self.pins else LOSS_CHUNKS:
+                yield mode, chunk
+
+    def _largest_fitting(self, layout: Candidate, sizes: list[int]) -> Candidate | None:
+        tried = [msgspec.structs.replace(layout, micro_batch_tokens=tokens) for tokens in sizes]
+        # The last one may be a whole step, which needs less than a part of it that others follow.
+        if self.fits(tried[-1]):
+            return tried[-1]
+        low, high = -1, len(tried) - 1
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if self.fits(tried[middle]) else (low, middle)
+        return tried[low] if low >= 0 else None
+
+    def micro_batches(self, lean: Candidate) -> list[int]:
+        """The sizes to try, from the longest sample to what saturates the device or holds a whole step."""
         if "micro_batch_tokens" in self.pins:
             return [self.pins["micro_batch_tokens"]]
-        longest = self.longest_sample(length)
+        tokens = lean.micro_batch_tokens
         most = SATURATION[self.request.device.kind][1]
         if self.request.lengths is not None:
-            # A micro-batch never holds more than a whole step.
-            most = min(most, self.request.lengths.step_tokens(self.samples_per_step, length))
-        powers = [1 << bit for bit in range(6, 15)]
-        return sorted({longest, max(longest, most), *(tokens for tokens in powers if longest < tokens < most)})
+            most = min(most, self.request.lengths.step_tokens(self.spec(lean).recipe))
+        sizes = [tokens]
+        while tokens < most:
+            step = max(8, (1 << (tokens.bit_length() - 1)) // MICRO_BATCH_STEPS)
+            tokens = min(most, (tokens // step + 1) * step)
+            sizes.append(tokens)
+        return sizes
 
-    def speed(self, candidate: Candidate) -> tuple[float, int]:
-        """A relative speed, to rank layouts of one recipe; of equal ones the leaner goes first."""
-        half, most = SATURATION[self.request.device.kind]
-        tokens = min(most, max(candidate.micro_batch_tokens, self.longest_sample(candidate.max_seq_len)))
-        speed = tokens / (tokens + half)
-        if candidate.checkpointing == "layer":
-            speed *= RECOMPUTE_SPEED
-        # Smaller chunks cost a few launches more: they only break ties.
-        return round(speed, 3), candidate.loss_chunk_tokens
+    def speed(self, candidate: Candidate) -> float:
+        """A relative speed, to rank layouts of one recipe."""
+        tokens = max(candidate.micro_batch_tokens, self.longest_sample(candidate.max_seq_len))
+        return relative_speed(self.request.device.kind, tokens, candidate.checkpointing, candidate.loss_chunk_tokens)
 
-    # What does not depend on memory ------------------------------------------------------------------------------
-
-    def epochs(self) -> float:
-        """Passes: the preset's, or more over small data."""
-        if "epochs" in self.pins:
-            return float(self.pins["epochs"])
-        preset, lengths = self.request.preset, self.request.lengths
+    def time(self, spec: RunSpec) -> RunTime | None:
+        """How long a run takes; None without samples."""
+        lengths, entry = self.request.lengths, self.request.entry
         if lengths is None:
-            return preset.epochs.value
-        wanted = math.ceil(preset.min_steps.value * self.samples_per_step / lengths.samples)
-        return float(max(preset.epochs.value, min(preset.max_epochs.value, wanted)))
+            return None
+        return time_run(spec, self.shape, self.request.device, lengths, weights_bytes=entry.weights_bytes)
 
-    def max_steps(self) -> int | None:
-        """The limit of steps; a typed number of epochs lifts the preset's."""
-        if "max_steps" in self.pins:
-            return int(self.pins["max_steps"])
-        return None if "epochs" in self.pins else self.request.preset.max_steps.value or None
-
-    def learning_rate(self) -> float:
-        """The preset's rate, adapted to the model's width."""
-        if "learning_rate" in self.pins:
-            return float(self.pins["learning_rate"])
-        factor = (WIDTH_OF_PRESET_RATE / self.shape.hidden) ** RATE_EXPONENT
-        return min(LARGEST_RATE, float(f"{self.request.preset.learning_rate.value * factor:.1e}"))
-
-    # What was not chosen -----------------------------------------------------------------------------------------
-
-    def alternatives(self, chosen: Candidate) -> tuple[Alternative, ...]:
-        """Neighbours of the chosen plan, and what they would cost."""
-        found: list[Alternative] = []
-
-        def add(what: str, candidate: Candidate, brings: str) -> None:
-            peak = self.cost(candidate).peak_bytes
-            over = peak - self.request.budget_bytes
-            found.append(Alternative(what, peak, over <= 0, f"{format_bytes(over)} too much" if over > 0 else brings))
-
+    def wants_more(self, chosen: Candidate) -> dict[str, int]:
+        """What more memory would make better than it is in a candidate, and from how many bytes on."""
         length, precision, rank = chosen.max_seq_len, chosen.precision, chosen.rank
-        place = self.precisions.index(precision)
+        least: dict[str, list[Candidate]] = {
+            "longer samples": [],
+            "a more exact base": [],
+            "a larger rank": [],
+            "nothing computed twice": [],
+            "larger micro-batches": [],
+            "larger pieces of the loss": [],
+        }
         if length < self.target_length():
-            add(f"max-seq-len {self.target_length()}", self.leanest(self.target_length(), precision, rank), "fits")
-        if place > 0:
-            better = self.precisions[place - 1]
-            add(f"precision {better}", self.leanest(length, better, rank), "fits with a smaller rank or layout")
-        if place + 1 < len(self.precisions):
-            lower = self.precisions[place + 1]
-            add(f"precision {lower}", msgspec.structs.replace(chosen, precision=lower), "less exact base, less memory")
-        if "rank" not in self.pins:
-            larger = self.ranks[self.ranks.index(rank) - 1] if rank != self.ranks[0] else 2 * rank
-            if self._rank_possible(larger):
-                same = msgspec.structs.replace(chosen, rank=larger)
-                add(f"rank {larger}", same if self.fits(same) else self.leanest(length, precision, larger), "fits too")
-        if chosen.checkpointing == "layer":
-            add("no checkpointing", msgspec.structs.replace(chosen, checkpointing="none"), "fits, but no faster here")
-        else:
-            add("checkpointing", msgspec.structs.replace(chosen, checkpointing="layer"), "about a third slower")
-        return tuple(found)
+            least["longer samples"].append(self.smallest(min(self.target_length(), length + LENGTH_STEP)))
+        if precision != self.precisions[0]:
+            better = self.precisions[self.precisions.index(precision) - 1]
+            least["a more exact base"].append(self.leanest(length, better, self.ranks[-1]))
+        if rank != self.ranks[0]:
+            least["a larger rank"].append(self.leanest(length, precision, self.ranks[self.ranks.index(rank) - 1]))
+        for layout in self._faster(chosen):
+            if layout.checkpointing != chosen.checkpointing:
+                least["nothing computed twice"].append(layout)
+            elif layout.loss_chunk_tokens == chosen.loss_chunk_tokens:
+                least["larger micro-batches"].append(layout)
+            elif layout.micro_batch_tokens == chosen.micro_batch_tokens:
+                least["larger pieces of the loss"].append(layout)
+        return {
+            what: min(self.prediction(candidate).safe_bytes for candidate in candidates)
+            for what, candidates in least.items()
+            if candidates
+        }
 
-    def _rank_possible(self, rank: int) -> bool:
-        method = method_of(self.method(rank))
-        targeted = method.targeted(self.method(self.ranks[-1]), self.shape)
-        return rank <= min(min(linear.in_features, linear.out_features) for linear in targeted)
-
-    def _refusal(self, length: int) -> DoesNotFit:
-        budget = self.request.budget_bytes
-        smallest = self.smallest(length)
-        peak = self.cost(smallest).peak_bytes
-        helps = [f"a budget of {format_bytes(peak * 1.01)}"]
-        for name in (
-            "precision",
-            "max_seq_len",
-            "rank",
-            "checkpointing",
-            "micro_batch_tokens",
-            "loss_chunk_tokens",
-            "targets",
-        ):
-            if name not in self.pins:
-                continue
-            rest = {key: value for key, value in self.request.overrides.items() if key != name}
-            try:
-                found = Search(msgspec.structs.replace(self.request, overrides=rest)).choose()
-            except DoesNotFit:
-                continue
-            value = getattr(found, name, "all-linear")
-            helps.insert(0, f"leaving out --{name.replace('_', '-')} (it fits with {value})")
-        base = sum(
-            size
-            for category, size in self.cost(smallest).peak.bytes_by_category.items()
-            if category in ("frozen weights", "quantization constants", "embeddings and head")
-        )
-        if base > budget / 2:
-            helps.append(f"a smaller model: this base alone takes {format_bytes(base)} in {smallest.precision}")
-        return DoesNotFit(
-            f"{self.request.entry.name} needs {format_bytes(peak)} at the least ({smallest.precision}, "
-            f"rank {smallest.rank}, {smallest.max_seq_len} tokens, checkpointing {smallest.checkpointing}), "
-            f"{format_bytes(peak - budget)} more than the budget of {format_bytes(budget)}",
-            hint="What would help: " + "; ".join(helps),
-        )
+    def _faster(self, chosen: Candidate) -> Iterator[Candidate]:
+        """For each checkpointing and each chunk the smallest micro-batch that makes a layout faster than this one."""
+        lean = self.leanest(chosen.max_seq_len, chosen.precision, chosen.rank)
+        speed, sizes = self.speed(chosen), self.micro_batches(lean)
+        for mode, chunk in self._modes_and_chunks():
+            for tokens in sizes:
+                layout = msgspec.structs.replace(
+                    lean, checkpointing=mode, loss_chunk_tokens=chunk, micro_batch_tokens=tokens
+                )
+                if self.speed(layout) > speed:
+                    yield layout
+                    break
 
 
 def make_plan(request: PlanRequest) -> TrainPlan:
@@ -407,11 +296,20 @@ def make_plan(request: PlanRequest) -> TrainPlan:
         BadInput: a length limit leaves no sample.
         DoesNotFit: no plan fits; the message says by how much and what would help.
     """
-    from edgepeft.plan.reasons import check_samples_left, describe, notes_of, steps_of
-
     search = Search(request)
-    chosen = search.choose()
-    spec = search.spec(chosen)
+    return describe_plan(search, search.choose())
+
+
+def describe_plan(search: Search, chosen: Candidate) -> TrainPlan:
+    """The plan of a candidate: its steps, time and memory, what each choice was weighed against, and runner-ups.
+
+    Raises:
+        BadInput: its length limit leaves no sample.
+    """
+    from edgepeft.plan.reasons import check_samples_left, describe, notes_of, steps_of
+    from edgepeft.plan.runner_ups import runner_ups
+
+    request, spec = search.request, search.spec(chosen)
     lengths = request.lengths
     data = None if lengths is None else lengths.summary(chosen.max_seq_len, spec.recipe.overlong)
     if data is not None:
@@ -422,12 +320,18 @@ def make_plan(request: PlanRequest) -> TrainPlan:
     if every is None:
         every = steps // evaluations if data is not None and data.eval_samples and evaluations > 1 else 0
     spec = msgspec.structs.replace(spec, upkeep=Upkeep(eval_every_steps=every))
+    prediction = search.count(chosen)
+    time = search.time(spec)
     return TrainPlan(
         spec=spec,
-        choices=describe(search, chosen, spec, data),
-        memory=search.cost(chosen),
+        choices=describe(search, chosen, spec, data, time),
+        memory=prediction.memory,
         steps=steps,
         data=data,
-        alternatives=search.alternatives(chosen),
+        operations=time.operations if time else 0.0,
+        seconds=time.seconds if time else None,
+        alternatives=runner_ups(search, chosen, spec, time),
         notes=request.notes + notes_of(search, chosen, data),
+        wants_more=search.wants_more(chosen),
+        workload=prediction.workload,
     )

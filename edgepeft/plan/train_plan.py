@@ -7,6 +7,8 @@ from typing import Literal
 import msgspec
 
 from edgepeft.memory.breakdown import Breakdown
+from edgepeft.memory.dry_run import DryRun
+from edgepeft.memory.workload import Workload
 from edgepeft.spec import RunSpec
 
 Origin = Literal["auto", "preset", "config", "user"]
@@ -34,6 +36,8 @@ class Alternative(msgspec.Struct, frozen=True):
     """Whether it stays within the budget."""
     why: str
     """Why it was not chosen, or what it would bring."""
+    seconds: float | None = None
+    """Predicted time of its whole run; None where that is not known."""
 
 
 class DataSummary(msgspec.Struct, frozen=True):
@@ -53,6 +57,8 @@ class DataSummary(msgspec.Struct, frozen=True):
     """Longest sample before truncation, in tokens."""
     overlong: int
     """Samples above the plan's max_seq_len."""
+    estimated: bool = False
+    """Whether tokens were estimated from characters, for want of the model's tokenizer."""
 
 
 class TrainPlan(msgspec.Struct, frozen=True):
@@ -65,11 +71,19 @@ class TrainPlan(msgspec.Struct, frozen=True):
     """Optimizer steps of the whole run."""
     data: DataSummary | None = None
     """None when the plan was made without data."""
+    operations: float = 0.0
+    """Floating-point operations of the products in all training steps; 0 where they were not counted."""
     seconds: float | None = None
-    """Predicted training time; None when this machine's speed is not known."""
+    """Predicted time of the whole run, with loading and evaluations; None when the device's speed is not known."""
     alternatives: tuple[Alternative, ...] = ()
     """Runner-up plans."""
     notes: tuple[str, ...] = ()
     """Warnings that belong to the plan, such as a 4-bit-born base quantized again."""
+    wants_more: dict[str, int] = {}
+    """What more memory would make better, and the budget in bytes from which on; empty when nothing better is left."""
+    workload: Workload | None = None
+    """The micro-batches at the highest points of the train step and of an evaluation."""
+    dry_run: DryRun | None = None
+    """What a dry run of the plan held, where one was made."""
     adapter_name: str = ""
     """Name in the adapter library that the run publishes to; empty until it is trained."""

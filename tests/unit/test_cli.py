@@ -33,8 +33,8 @@ def test_help_names_every_command(capsys: pytest.CaptureFixture[str], monkeypatc
     code, out, _ = _run(capsys, monkeypatch)
     assert code == 0
     for command in (
-        *("ui", "demo", "where", "methods", "profiles", "doctor", "config", "cache", "models", "data", "plan", "train"),
-        *("runs", "chat", "eval", "adapters"),
+        *("ui", "demo", "where", "methods", "profiles", "doctor", "config", "cache", "models", "data", "plan", "fits"),
+        *("train", "runs", "chat", "eval", "adapters"),
     ):
         assert f"\n  {command} " in out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,10 @@ from typer.testing import CliRunner
 from edgepeft.cli.app import app, run
 from edgepeft.cli.plan_options import PlanOptions
 from edgepeft.errors import BadInput, DoesNotFit, UsageError
+from edgepeft.hardware.packages import read_packages
+from edgepeft.memory.breakdown import Breakdown
+from edgepeft.memory.calibration import observe, observed
+from edgepeft.memory.dry_run import DryRun
 from edgepeft.plan.build import build, parse_map
 from edgepeft.plan.explain import explain, phase_bar
 from edgepeft.plan.files import read_plan_toml, write_plan_toml
@@ -167,6 +172,26 @@ def test_text_fits_the_terminal_and_says_everything(plan, width):
     assert "budget of 1.00 GiB" in " ".join(text.split())
 
 
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_dry_run_is_shown_beside_the_prediction(plan, width):
+    step = next(phase for phase in plan.memory.phases if phase.name == "train step")
+    more = {**step.bytes_by_category, "saved activations": step.bytes_by_category["saved activations"] + (1 << 20)}
+    grown = msgspec.structs.replace(step, bytes_by_category=more, place="backward of layer 2")
+    phases = tuple(grown if phase is step else phase for phase in plan.memory.phases)
+    found = DryRun(Breakdown(phases), 30, (3, 4), 1.5, "2.13.0", "cpu")
+    shown = msgspec.structs.replace(plan, dry_run=found, wants_more={"larger micro-batches": 3 << 30})
+    lines = [text for text, _ in explain(shown, width)]
+    assert max(map(len, lines)) <= width
+    text = " ".join(" ".join(lines).split())
+    assert "3 and 4 of 30 layers" in text
+    assert re.search(r"saved activations [\d.]+ [\d.]+ \+1\.00", text)
+    assert re.search(r"train step [\d.]+ [\d.]+ \+[\d.]+ %", text)
+    assert "(backward of layer 2)" in text
+    assert "A larger budget would bring larger micro-batches from 3.00 GiB on." in text
+    same = msgspec.structs.replace(shown, memory=found.memory)
+    assert "difference" not in " ".join(text for text, _ in explain(same, width))
+
+
 def test_bars_are_as_long_as_they_should_be(plan):
     for phase in plan.memory.phases:
         assert len(phase_bar(phase, plan.memory.peak_bytes, 40)) == 40
@@ -256,3 +281,56 @@ def test_planning_imports_no_torch(tiny_model, alpaca_file):
     ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stderr
     assert "Plan for tiny-model on the CPU" in ended.stdout
+
+
+def test_a_plan_of_an_older_version_is_read(plan):
+    stored = json.loads(msgspec.json.encode(plan))
+    for added in ("operations", "wants_more", "workload", "dry_run"):
+        del stored[added]
+    for other in stored["alternatives"]:
+        del other["seconds"]
+    old = msgspec.convert(stored, TrainPlan)
+    assert (old.spec, old.memory, old.workload, old.dry_run) == (plan.spec, plan.memory, None, None)
+    assert revise(old, where="plan.json").memory == plan.memory
+
+
+def measure(plan: TrainPlan, measured_bytes: int) -> None:
+    """A run of the plan that took twenty seconds and this much memory."""
+    made = observed(
+        plan.spec,
+        plan.memory,
+        run="a-1",
+        device_name="some CPU",
+        torch=read_packages().torch or "",
+        measured_bytes=measured_bytes,
+        operations=plan.operations,
+        seconds=20.0,
+        tokens_per_second=500.0,
+    )
+    observe(made)
+
+
+def test_what_runs_taught_since_is_not_called_an_edit(plan):
+    measure(plan, plan.memory.peak_bytes + 50_000)
+    revised = revise(plan, where="p.toml")
+    assert revised.memory.peak_bytes == plan.memory.peak_bytes + 50_000
+    assert any("More is known" in note for note in revised.notes)
+    assert not any("edited" in note for note in revised.notes)
+
+
+def test_a_plan_is_made_with_what_runs_taught(plan, tiny_model, alpaca_file):
+    measure(plan, plan.memory.peak_bytes + 50_000)
+    again = build(str(tiny_model), alpaca_file, {"gpu": "cpu", "budget": "1GiB", "rank": 4})
+    assert again.memory.correction > 1
+    assert again.memory.peak_bytes == plan.memory.peak_bytes + 50_000
+    assert any("Predictions for Llama models on this CPU are corrected by +" in note for note in again.notes)
+    (time,) = (choice for choice in again.choices if choice.what == "time")
+    assert (time.value, time.why) == ("about 30 s", "as fast as a run of this model here")
+    assert again.seconds == pytest.approx(20, abs=15)
+
+
+def test_a_plan_says_when_runs_confirm_its_predictions(plan, tiny_model, alpaca_file):
+    measure(plan, plan.memory.peak_bytes)
+    again = build(str(tiny_model), alpaca_file, {"gpu": "cpu", "budget": "1GiB", "rank": 4})
+    assert again.memory.phases == plan.memory.phases
+    assert any("on this CPU need no correction, after a measured run" in note for note in again.notes)

@@ -2,77 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import msgspec
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edgepeft.errors import DoesNotFit, UsageError
-from edgepeft.models.shape import ModelShape
-from edgepeft.models.store import ModelEntry
-from edgepeft.plan.device import PlanDevice, profile_device
-from edgepeft.plan.lengths import SampleLengths
-from edgepeft.plan.search import PlanRequest, Search, make_plan
-from edgepeft.profiles import find_preset, load_gpus, load_presets
-from edgepeft.spec import DataRef
+from edgepeft.plan.device import profile_device
+from edgepeft.plan.search import Search, make_plan
+from edgepeft.profiles import load_gpus, load_presets
 from edgepeft.units import GIB, MIB
+from plans import device, entry, request
 from shapes import LLAMA_8B, SMOLLM2, llama_shape
-
-DATA = DataRef("/data/x.jsonl", "sha256:1", "alpaca")
-
-
-class Table:
-    """The part of a token table that plans read."""
-
-    def __init__(self, lengths: Any, trained: Any = None) -> None:
-        self.lengths = np.asarray(lengths, np.int32)
-        self.trained = self.lengths // 2 if trained is None else trained
-
-    def limited(self, max_seq_len: int, overlong: str) -> Table:
-        if overlong == "drop":
-            kept = self.lengths <= max_seq_len
-            return Table(self.lengths[kept], self.trained[kept])
-        return Table(self.lengths.clip(max=max_seq_len), self.trained.clip(max=max_seq_len))
-
-
-def entry(shape: ModelShape = SMOLLM2, **changes: Any) -> ModelEntry:
-    values: dict[str, Any] = {
-        "name": "base",
-        "kind": "folder",
-        "folder": "/m",
-        "weights": "/m",
-        "source": "/m",
-        "fingerprint": "sha256:2",
-        "shape": shape,
-        "stored_as": "bf16",
-        "weights_bytes": 1,
-        "licence": None,
-        "notes": (),
-        "added": "2026-01-01T00:00:00+00:00",
-    }
-    return ModelEntry(**values | changes)
-
-
-def device(kind: Any = "cpu", **changes: Any) -> PlanDevice:
-    made = PlanDevice(kind, kind, kind, 64 * GIB, 32 * GIB, "all", "bf16", "it has it")
-    return msgspec.structs.replace(made, **changes)
-
-
-def request(
-    budget: int = 8 * GIB,
-    *,
-    lengths: Any = None,
-    preset: str = "balanced",
-    base: ModelEntry | None = None,
-    **overrides: Any,
-) -> PlanRequest:
-    on = overrides.pop("on", device())
-    known = None if lengths is None else SampleLengths(Table(lengths), Table([40, 50]))
-    return PlanRequest(base or entry(), find_preset(preset), on, budget, DATA if known else None, known, overrides)
-
 
 LENGTHS = [100] * 90 + [400] * 9 + [1500]
 
@@ -132,6 +72,15 @@ def test_the_budget_it_names_is_enough():
         make_plan(request(3 * GIB, base=entry(LLAMA_8B), lengths=LENGTHS))
     named = float(refusal.value.hint.split("a budget of ")[1].split(" GiB")[0])
     make_plan(request(round((named + 0.005) * GIB), base=entry(LLAMA_8B), lengths=LENGTHS))
+
+
+def test_nothing_is_refused_for_samples_that_the_run_never_sees():
+    short_run = {"lengths": [20] * 5000 + [6000], "samples_per_step": 1, "max_steps": 3}
+    search = Search(request(**short_run))
+    needed = search.count(search.leanest_of_all).memory.peak_bytes
+    assert search.cost(search.smallest(search.target_length())).peak_bytes > 2 * needed
+    plan = make_plan(request(round(1.1 * needed), **short_run))
+    assert plan.spec.recipe.max_seq_len == 6000
 
 
 def test_refusal_names_the_option_that_stands_in_the_way():
@@ -270,7 +219,8 @@ def test_every_card_gets_a_plan_within_its_memory_or_a_clear_refusal(preset):
         for base in (entry(LLAMA_8B), entry(SMOLLM2)):
             asked = request(on.budget_bytes, on=on, base=base, lengths=LENGTHS, preset=preset)
             search = Search(asked)
-            if not search.fits(search.smallest(256)):
+            search.careful = False
+            if not search.fits(search.smallest(search.least_length())):
                 with pytest.raises(DoesNotFit, match="more than the budget"):
                     make_plan(asked)
                 assert base.shape is LLAMA_8B
@@ -303,3 +253,111 @@ def test_a_plan_never_exceeds_its_budget(budget_mib, lengths, layers, preset, ki
         return
     assert plan.memory.peak_bytes <= asked.budget_bytes
     assert plan.spec.recipe.max_seq_len <= max(max(lengths), 2)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    share=st.floats(0.0, 1.1),
+    lengths=st.lists(st.integers(2, 1500), min_size=4, max_size=80),
+    hidden=st.sampled_from([64, 128, 192]),
+    preset=st.sampled_from(["quality", "balanced", "speed", "prototype"]),
+)
+def test_whatever_would_be_better_exceeds_the_budget(share, lengths, hidden, preset):
+    base = entry(llama_shape(layers=3, hidden=hidden, intermediate=2 * hidden, heads=4, head_dim=hidden // 4))
+    roomy = Search(request(1 << 50, lengths=lengths, preset=preset, base=base))
+    least = roomy.count(roomy.leanest_of_all).safe_bytes
+    most = roomy.count(roomy.choose()).safe_bytes
+    budget = round(least * (max(most, least) / least) ** share) + 1
+    plan = make_plan(request(budget, lengths=lengths, preset=preset, base=base))
+    assert plan.memory.peak_bytes <= budget
+    assert all(from_bytes > budget for from_bytes in plan.wants_more.values())
+
+
+def test_with_room_for_everything_nothing_more_is_wanted():
+    assert make_plan(request(64 * GIB, lengths=LENGTHS)).wants_more == {}
+
+
+def test_what_more_memory_would_bring_is_what_a_larger_budget_gets():
+    base = entry(LLAMA_8B)
+    plan = make_plan(request(8 * GIB, lengths=[400] * 100, base=base))
+    assert plan.wants_more
+    for what, from_bytes in plan.wants_more.items():
+        better = make_plan(request(from_bytes, lengths=[400] * 100, base=base))
+        layouts = (plan.spec.layout, better.spec.layout)
+        assert {
+            "longer samples": better.spec.recipe.max_seq_len > plan.spec.recipe.max_seq_len,
+            "a more exact base": better.spec.recipe.precision != plan.spec.recipe.precision,
+            "a larger rank": better.spec.recipe.method.rank > plan.spec.recipe.method.rank
+            or better.spec.recipe.precision != plan.spec.recipe.precision,
+            "nothing computed twice": layouts[0] != layouts[1],
+            "larger micro-batches": layouts[1].micro_batch_tokens > layouts[0].micro_batch_tokens,
+            "larger pieces of the loss": layouts[1].loss_chunk_tokens > layouts[0].loss_chunk_tokens,
+        }[what], what
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    lengths=st.lists(st.integers(2, 900), min_size=1, max_size=40),
+    cap=st.integers(16, 4000),
+    checkpointing=st.sampled_from(["layer", "none"]),
+    max_seq_len=st.integers(16, 1000),
+)
+def test_the_bound_is_never_below_what_is_counted(lengths, cap, checkpointing, max_seq_len):
+    pins = {"micro_batch_tokens": cap, "checkpointing": checkpointing, "max_seq_len": max_seq_len}
+    search = Search(request(1 << 50, lengths=lengths, base=entry(llama_shape()), **pins))
+    lean = search.leanest(max_seq_len, "bf16", 8)
+    bound = search.cost(lean)
+    counted = search.count(lean).memory
+    for above, below in zip(bound.phases, counted.phases, strict=True):
+        assert above.total_bytes >= below.total_bytes
+
+
+def pinned(spec, **changes):
+    """The values that memory decides, as options that a user types."""
+    recipe, layout = spec.recipe, spec.layout
+    values = {
+        "max_seq_len": recipe.max_seq_len,
+        "precision": recipe.precision,
+        "rank": recipe.method.rank,
+        "micro_batch_tokens": layout.micro_batch_tokens,
+        "checkpointing": layout.checkpointing,
+        "loss_chunk_tokens": layout.loss_chunk_tokens,
+    }
+    return values | changes
+
+
+def test_runner_ups_are_real_and_cost_what_they_say():
+    plan = make_plan(request(24 * GIB, base=entry(LLAMA_8B), lengths=[900] * 200))
+    assert plan.spec.layout.checkpointing == "none"
+    names = [other.what for other in plan.alternatives]
+    assert 3 <= len(names) <= 6
+    assert len(set(names)) == len(names)
+    other = next(other for other in plan.alternatives if other.what == "checkpointing")
+    typed = request(24 * GIB, base=entry(LLAMA_8B), lengths=[900] * 200, **pinned(plan.spec, checkpointing="layer"))
+    assert make_plan(typed).memory.peak_bytes == other.peak_bytes
+
+
+def test_full_fine_tuning_is_named_where_it_fits_easily():
+    def names(budget: int) -> list[str]:
+        return [other.what for other in make_plan(request(budget, lengths=LENGTHS)).alternatives]
+
+    assert "full fine-tuning" in names(20 * GIB)
+    assert "full fine-tuning" not in names(2 * GIB)
+    (full,) = (other for other in make_plan(request(20 * GIB, lengths=LENGTHS)).alternatives if "full" in other.what)
+    assert "does not offer it yet" in full.why
+    assert full.peak_bytes > 16 * SMOLLM2.parameters
+
+
+def test_a_prediction_that_may_be_off_leaves_room_unless_nothing_else_fits():
+    lengths = [300] * 100
+    for budget in (300, 350, 450, 600, 900, 1500, 3000):
+        try:
+            plan = make_plan(request(budget * MIB, lengths=lengths))
+        except DoesNotFit:
+            continue
+        roomy = plan.memory.peak_bytes * (1 + plan.memory.uncertainty) <= budget * MIB
+        assert roomy != any("--verify" in note for note in plan.notes)
+    search = Search(request(1 << 50, lengths=lengths))
+    least = search.count(search.leanest_of_all).memory.peak_bytes
+    tight = make_plan(request(least + 1000, lengths=lengths))
+    assert any("--verify runs the step without values first" in note for note in tight.notes)
