@@ -3,7 +3,7 @@
 import torch
 from torch.nn import functional as F
 
-from edgepeft.memory.unseen import attention_backward
+from edgepeft.memory.unseen import efficient_backward, flash_backward, total_bytes
 
 
 def weight(*shape, dtype=torch.bfloat16, trained=False):
@@ -83,14 +83,20 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, grad):
         q, k, v, *_ = ctx.saved_tensors
         batch, heads, length, head_dim = q.shape
-        sizes = dict(heads=heads, kv_heads=k.shape[1], head_dim=head_dim, compute_bytes=q.element_size())
         if ctx.kind == "flex":
             scratch = [4 * batch * heads * length]
+        elif ctx.kind == "flash":
+            rows = flash_backward(
+                tokens=batch * length,
+                samples=batch,
+                heads=heads,
+                kv_heads=k.shape[1],
+                head_dim=head_dim,
+                compute_bytes=q.element_size(),
+            )
+            scratch = [row.size_bytes for row in rows]
         else:
-            kernel = "varlen" if ctx.kind == "flash" else "by sample"
-            scratch = [row.size_bytes for row in attention_backward(kernel, (length,) * batch, **sizes)]
-            if kernel == "by sample":
-                scratch = [batch * size for size in scratch]
+            scratch = [batch * total_bytes(efficient_backward(tokens=length, heads=heads, head_dim=head_dim))]
         held = [torch.empty(size, dtype=torch.uint8) for size in scratch]
         grads = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         del held
