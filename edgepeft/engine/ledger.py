@@ -174,8 +174,8 @@ class LiveBytes:
             for tensor in self._mapped:
                 self._count(tensor, size_bytes=0)
             for found in gc.get_objects() if self._look_for_others else ():
-                # isinstance() would wake lazy proxies that other libraries keep around.
-                if issubclass(type(found), Tensor):
+                # isinstance() would wake lazy proxies that other libraries keep around. What a dry run left has no bytes.
+                if issubclass(type(found), Tensor) and not issubclass(type(found), FakeTensor):
                     self._count(found)
                     if found.grad_fn is None and found.grad is not None:
                         self._count(found.grad, "gradients")

@@ -123,18 +123,18 @@ def _load(
     return _sum(linears, {"workspace": scratch}), f"loading layer {shape.layers}"
 
 
-def on_device(ledger: Ledger, target: Target, reserved_before: int = 0) -> Ledger:
+def on_device(ledger: Ledger, target: Target) -> Ledger:
     """The ledger with what a CUDA device holds beside tensors, in whole bytes and without empty rows.
+
+    A phase is told from its own needs: what the allocator still caches of the phase before, it can use again.
 
     Args:
         ledger: live tensor bytes of a phase.
         target: the device; the CPU adds nothing.
-        reserved_before: what the allocator has taken from the driver in earlier phases, and keeps.
     """
     added: Ledger = {}
     if target.kind == "cuda":
-        tensors = sum(ledger.values())
-        added["allocator slack"] = max(slack_bytes(ledger, target.expandable_segments), reserved_before - tensors)
+        added["allocator slack"] = slack_bytes(ledger, target.expandable_segments)
         for row in unseen(target):
             added[row.category] = added.get(row.category, 0) + row.size_bytes
     return {category: size for category, size in _sum(ledger, added).items() if size}
@@ -142,10 +142,8 @@ def on_device(ledger: Ledger, target: Target, reserved_before: int = 0) -> Ledge
 
 def _on_device(phases: list[tuple[PhaseName, Ledger, str]], target: Target) -> tuple[Phase, ...]:
     found: list[Phase] = []
-    reserved = 0
     for name, ledger, place in phases:
-        held = on_device(ledger, target, reserved)
-        reserved = sum(ledger.values()) + held.get("allocator slack", 0)
+        held = on_device(ledger, target)
         total = sum(held.values()) if target.kind == "cuda" else None
         found.append(Phase(name, held, place, reserved_bytes=total))
     return tuple(found)

@@ -124,7 +124,7 @@ def test_profiles_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> No
     cards = json.loads(edgepeft(capsys, "profiles", "list", "gpus", "--json"))
     assert {card["id"] for card in cards} >= {"rtx-2060-6gb", "rtx-a6000-48gb"}
     shown = edgepeft(capsys, "profiles", "show", "gpus", "rtx-4090-24gb")
-    assert "24564 MiB" in shown
+    assert "24,564 MiB" in shown
     assert "https://" in shown
     preset = json.loads(edgepeft(capsys, "profiles", "show", "presets", "quality", "--json"))
     assert preset["id"] == "quality"

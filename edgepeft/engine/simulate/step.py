@@ -5,6 +5,9 @@ Everything is the engine's own: loading, method, step, loss, checkpointing, opti
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -61,7 +64,7 @@ def simulate(config: Any, layers: int, request: DryRunRequest, *, period: int) -
         UsageError: the method does not suit it.
     """
     recipe = request.spec.recipe
-    with FakeTensorMode(), pretend(request.target):
+    with _no_collections(), FakeTensorMode(), pretend(request.target):
         workspace = Workspace(CPU, DTYPES[recipe.compute_dtype])
         model = build_model(config)
         regular = layers_repeat(model, period)
@@ -113,6 +116,19 @@ def simulate(config: Any, layers: int, request: DryRunRequest, *, period: int) -
             run.save()
             end("save")
     return SimulatedRun(layers, phases, recording, regular)
+
+
+@contextmanager
+def _no_collections() -> Iterator[None]:
+    """Keeps the garbage collector still: when it comes depends on all that the process has done before, and storages
+    in reference cycles would die in one layer in one run and in another in the next."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class _Run:
