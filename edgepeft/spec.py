@@ -84,6 +84,15 @@ class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Rate at the last step, as a share of the peak rate."""
 
 
+class ParentRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which adapter training starts from, instead of from the base."""
+
+    adapter: str
+    """`NAME@vK`, or the absolute path of a folder."""
+    sha256: str
+    """`sha256:…` of its adapter_model.safetensors."""
+
+
 class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What decides the result of a run."""
 
@@ -105,10 +114,16 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     seed: int = 0
+    parent: ParentRef | None = None
+    """The adapter whose values training starts with; None starts from the base."""
 
     def digest(self) -> str:
         """`sha256:…` of the recipe's canonical JSON; a checkpoint resumes only under the recipe it was made with."""
-        return "sha256:" + hashlib.sha256(msgspec.json.encode(self, order="sorted")).hexdigest()
+        content = msgspec.to_builtins(self)
+        if self.parent is None:
+            # Checkpoints from before recipes had parents stay good.
+            del content["parent"]
+        return "sha256:" + hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()
 
 
 class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

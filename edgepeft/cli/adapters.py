@@ -181,6 +181,15 @@ def _method(adapter: AdapterFolder) -> str:
     return f"{kind} r{rank}" if isinstance(rank, int) else kind
 
 
+def _lineage_lines(card: Card) -> list[tuple[str, str]]:
+    from edgepeft.library.parent import lineage
+
+    if not card.parent:
+        return []
+    parent = card.recipe.parent
+    return [("continues", " ← ".join(lineage(card)))] + ([("parent weights", parent.sha256)] if parent else [])
+
+
 def _card_lines(card: Card) -> list[tuple[str, str]]:
     from edgepeft.units import format_bytes, format_count, format_seconds, format_share
 
@@ -200,6 +209,7 @@ def _card_lines(card: Card) -> list[tuple[str, str]]:
             f"{format_count(card.trainable_parameters)} parameters, "
             f"{format_share(card.trainable_share, digits=2)} of the model's",
         ),
+        *_lineage_lines(card),
         ("data", f"{recipe.data.path} ({recipe.data.format}, trained on {recipe.data.train_on})"),
         ("data fingerprint", recipe.data.fingerprint),
         (

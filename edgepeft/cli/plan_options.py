@@ -45,6 +45,10 @@ class PlanOptions(msgspec.Struct, frozen=True):
     compute_dtype: Annotated[
         str | None, typer.Option("--compute-dtype", help="bf16, fp16 or fp32.", show_default=False)
     ] = None
+    from_: Annotated[
+        str | None,
+        typer.Option("--from", help="Adapter to go on from: NAME, NAME@v2 or a folder.", show_default=False),
+    ] = None
     rank: Annotated[int | None, typer.Option("--rank", help="LoRA rank.", show_default=False)] = None
     alpha: Annotated[float | None, typer.Option("--alpha", help="LoRA alpha.", show_default=False)] = None
     targets: Annotated[

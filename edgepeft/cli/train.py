@@ -55,7 +55,7 @@ def _make_plan(model: str | None, data: Path | None, plan_file: Path | None, opt
     if plan_file is not None:
         typed = sorted(options.typed())
         if model is not None or typed:
-            extra = "MODEL" if model is not None else "--" + typed[0].replace("_", "-")
+            extra = "MODEL" if model is not None else "--" + typed[0].strip("_").replace("_", "-")
             raise UsageError(
                 f"--plan and {extra} cannot be given together",
                 where="train",

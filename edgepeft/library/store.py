@@ -334,16 +334,27 @@ def read_audit(name: str) -> list[AuditLine]:
     return lines
 
 
+def copy_adapter(adapter: AdapterFolder, folder: Path) -> None:
+    """Copies an adapter's config and weights into `folder`, made if it is not there, and waits until they are on disk.
+
+    Raises:
+        DiskProblem: no space, or no permission.
+    """
+    make_folder(folder)
+    with disk_errors(folder):
+        for file in (CONFIG_FILE, WEIGHTS_FILE):
+            shutil.copyfile(adapter.path / file, folder / file)
+            with (folder / file).open("rb+") as written:
+                os.fsync(written.fileno())
+
+
 def _add(adapter: AdapterFolder, name: str, card: Card | None, action: str, detail: str) -> str:
     parent = home().adapters / name
     make_folder(parent)
     with disk_errors(parent):
         building = Path(tempfile.mkdtemp(dir=parent, prefix=".new-"))
         try:
-            for file in (CONFIG_FILE, WEIGHTS_FILE):
-                shutil.copyfile(adapter.path / file, building / file)
-                with (building / file).open("rb+") as written:
-                    os.fsync(written.fileno())
+            copy_adapter(adapter, building)
             # mkdtemp makes a private folder; a library may be shared.
             building.chmod(0o755)
             version = next_version(name)

@@ -18,6 +18,7 @@ from edgepeft.spec import TrainOn
 from edgepeft.units import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
+    from edgepeft.library.parent import Parent
     from edgepeft.models.described import DescribedModel, ModelProfile
     from edgepeft.models.store import ModelEntry
     from edgepeft.spec import DataRef
@@ -75,7 +76,11 @@ def build(
         )
     base = find_base(model, progress)
     config, told = _described(base)
+    parent = _parent(typed.pop("from_", None), base)
+    if parent is not None:
+        typed, told = parent.take_over(typed, base.shape), told + parent.notes
     request = PlanRequest(base, preset, device, budget_bytes, overrides=typed, given=given, notes=told, config=config)
+    request = msgspec.structs.replace(request, parent=parent)
     if data is not None:
         request = _with_data(request, data, reading, progress)
 
@@ -131,6 +136,26 @@ def find_base(model: str, progress: Progress | None = None) -> ModelEntry | Desc
             raise
         hint = f"{error.hint}. Without it you can plan for {' or '.join(near)}"
         raise NotOnDisk(error.what, where=error.where, hint=hint) from error
+
+
+def _parent(reference: str | None, base: ModelEntry | DescribedModel) -> Parent | None:
+    """The adapter that is to be continued.
+
+    Raises:
+        BadInput: there is none of this name, or it cannot be continued over this base.
+    """
+    from edgepeft.library.parent import find_parent
+    from edgepeft.models.described import DescribedModel
+
+    if reference is None:
+        return None
+    if isinstance(base, DescribedModel):
+        raise UsageError(
+            f"{base.profile.name} is not on this disk, so nothing tells whether the adapter belongs to it",
+            where="--from",
+            hint="Add the model first, or leave --from out",
+        )
+    return find_parent(reference, base)
 
 
 def _described(base: ModelEntry | DescribedModel) -> tuple[dict[str, Any] | None, tuple[str, ...]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgepeft.errors import BadInput
+from edgepeft.library.parent import TAKEN_OVER
 from edgepeft.methods import method_of
 from edgepeft.plan.speed import say_time
 from edgepeft.plan.train_plan import Choice, DataSummary, Origin
@@ -93,10 +94,16 @@ def describe(
     given = search.request.given
     found = [Choice(name, given[name].value, given[name].origin, given[name].why) for name in given]
     values = shown_values(spec)
+    if search.request.parent is not None:
+        found.append(Choice("from", search.request.parent.ref.adapter, "user", "training starts where it ended"))
+
+    parent = search.request.parent
 
     def add(what: str, why: str, origin: Origin = "auto") -> None:
         value = values[what]
-        if what.replace("-", "_") not in pins:
+        if parent is not None and what in TAKEN_OVER:
+            found.append(Choice(what, value, "user", f"as {parent.ref.adapter} has it"))
+        elif what.replace("-", "_") not in pins:
             found.append(Choice(what, value, origin, why))
         elif what == "max-seq-len" and pins["max_seq_len"] > chosen.max_seq_len:
             found.append(Choice(what, value, "user", f"{pins['max_seq_len']:,} typed; the model's context ends here"))

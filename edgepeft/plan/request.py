@@ -13,6 +13,7 @@ from edgepeft.profiles import Preset
 from edgepeft.spec import Checkpointing, DataRef, Precision
 
 if TYPE_CHECKING:
+    from edgepeft.library.parent import Parent
     from edgepeft.models.described import DescribedModel
     from edgepeft.models.store import ModelEntry
 
@@ -41,6 +42,8 @@ class PlanRequest(msgspec.Struct, frozen=True):
     """`gpu`, `budget` and `intent`, as they came about."""
     notes: tuple[str, ...] = ()
     """What reading the data found."""
+    parent: Parent | None = None
+    """The adapter that is continued; its values are among `overrides`."""
     config: dict[str, Any] | None = None
     """The model's config.json; None reads it from the entry's folder when a dry run needs it."""
     factors: dict[Checkpointing, float] = {}

@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from edgepeft.errors import BadInput, DoesNotFit, UsageError
+from edgepeft.library.parent import check_continues
 from edgepeft.memory.assembly import is_exact
 from edgepeft.memory.calibration import Correction, corrected
 from edgepeft.memory.dry_run import DryRunRequest
@@ -52,6 +53,8 @@ def revise(plan: TrainPlan, *, where: str, progress: Progress | None = None) -> 
             where=where,
             hint="Add the model of the plan under this name, or plan anew",
         )
+    if recipe.parent is not None:
+        check_continues(recipe.parent, recipe.method, entry)
     if recipe.max_seq_len > entry.shape.context_length:
         raise BadInput(
             f"{entry.name} was made for {entry.shape.context_length:,} tokens, not {recipe.max_seq_len:,}",

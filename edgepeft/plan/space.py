@@ -112,6 +112,8 @@ class Space:
 
     def method(self, rank: int) -> LoraConfig:
         """The method's config at a rank."""
+        if self.request.parent is not None:
+            return self.request.parent.method
         return LoraConfig(
             rank=rank,
             alpha=self.pins.get("alpha", 2.0 * rank),
@@ -142,6 +144,7 @@ class Space:
                 warmup_fraction=pins.get("warmup", preset.warmup_fraction.value),
             ),
             seed=pins.get("seed", 0),
+            parent=request.parent.ref if request.parent is not None else None,
         )
         layout = Layout(candidate.micro_batch_tokens, candidate.checkpointing, candidate.loss_chunk_tokens)
         return RunSpec(recipe, layout, device=request.device.id, budget_bytes=request.budget_bytes)

@@ -199,8 +199,9 @@ def needed_disk_bytes(plan: TrainPlan) -> int:
     step = next((phase for phase in plan.memory.phases if phase.name == "train step"), plan.memory.peak)
     adapter_bytes = step.bytes_by_category.get("adapter weights", 0)
     checkpoint_bytes = adapter_bytes + step.bytes_by_category.get("optimizer state", 0)
+    copies = 2 if plan.spec.recipe.parent is None else 3
     # While a checkpoint is written, the oldest of those that are kept is still there.
-    return (plan.spec.upkeep.keep_checkpoints + 1) * checkpoint_bytes + 2 * adapter_bytes + _SPARE_DISK_BYTES
+    return (plan.spec.upkeep.keep_checkpoints + 1) * checkpoint_bytes + copies * adapter_bytes + _SPARE_DISK_BYTES
 
 
 def check_free_disk(plan: TrainPlan) -> None:

@@ -12,6 +12,8 @@ from pathlib import Path
 import msgspec
 
 from edgepeft.errors import BadInput
+from edgepeft.library.parent import verified_folder
+from edgepeft.library.store import copy_adapter
 from edgepeft.paths import check_name, disk_errors, home, make_folder, sync_folder, write_atomic
 from edgepeft.plan.train_plan import TrainPlan
 from edgepeft.runs.control import CONTROL_FILE
@@ -70,6 +72,11 @@ class RunFolder(msgspec.Struct, frozen=True):
         return self.path / CONTROL_FILE
 
     @property
+    def start(self) -> Path:
+        """The adapter that training starts from, copied here at launch; absent where it starts from the base."""
+        return self.path / "start"
+
+    @property
     def checkpoints(self) -> Path:
         """Where the worker keeps what it resumes from."""
         return self.path / "checkpoints"
@@ -105,13 +112,17 @@ class RunFolder(msgspec.Struct, frozen=True):
 def create_run(plan: TrainPlan, name: str) -> RunFolder:
     """Makes runs/NAME-K with its plan.json, K being one above the highest there is.
 
-    The folder appears complete, under a number that no other launcher gets.
+    The folder appears complete, under a number that no other launcher gets. An adapter that training starts from is
+    copied into it: what the library holds later does not matter to the run.
 
     Raises:
+        BadInput: the adapter to start from is gone, or changed since the plan was made.
         UsageError: `name` cannot be used as a name.
         DiskProblem: the disk is full, or may not be written.
     """
     check_name(name)
+    ref = plan.spec.recipe.parent
+    parent = None if ref is None else verified_folder(ref)
     runs = home().runs
     make_folder(runs)
     with disk_errors(runs):
@@ -119,6 +130,8 @@ def create_run(plan: TrainPlan, name: str) -> RunFolder:
     try:
         content = msgspec.json.encode(msgspec.structs.replace(plan, adapter_name=name))
         write_atomic(draft / "plan.json", msgspec.json.format(content))
+        if parent is not None:
+            copy_adapter(parent, draft / "start")
         draft.chmod(0o755)
         number = _highest_number(runs, name)
         while True:

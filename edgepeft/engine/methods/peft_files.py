@@ -23,25 +23,13 @@ from edgepeft.engine.methods.lora import LoraUpdate
 from edgepeft.engine.model.linear import AdaptedLinear
 from edgepeft.engine.model.load import LoadedModel
 from edgepeft.errors import BadInput, UsageError
+from edgepeft.library.peft_config import check_supported
 from edgepeft.methods import LoraConfig
 from edgepeft.paths import write_atomic
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 PICKLED_FILE = "adapter_model.bin"
-
-_UNSUPPORTED = {
-    "use_dora": "DoRA",
-    "use_qalora": "QALoRA",
-    "modules_to_save": "whole modules beside the update (modules_to_save)",
-    "lora_bias": "biases of its own (lora_bias)",
-    "trainable_token_indices": "trained token embeddings",
-    "layer_replication": "replicated layers",
-    "target_parameters": "updates of single parameters (target_parameters)",
-    "alora_invocation_tokens": "activated LoRA",
-    "arrow_config": "Arrow routing",
-}
-"""Settings that change what an adapter computes in a way that is not implemented here."""
 
 
 def save_adapter(folder: Path, adapter: AttachedAdapter, base_name: str) -> None:
@@ -127,6 +115,16 @@ def read_adapter(folder: Path, loaded: LoadedModel, name: str) -> AttachedAdapte
     return place(loaded, AttachedAdapter(name, config, updates))
 
 
+def read_values(folder: Path, loaded: LoadedModel) -> dict[str, Tensor]:
+    """The tensors of an adapter folder under the names of `AttachedAdapter.named_parameters`; nothing is attached.
+
+    Raises:
+        BadInput: the weights are missing or damaged, or a tensor fits no layer of this model.
+    """
+    modules = _by_module(_read_tensors(folder), loaded.linears(), str(folder / WEIGHTS_FILE))
+    return {f"{path}.{name}": value for path, tensors in modules.items() for name, value in tensors.items()}
+
+
 def _target_modules(adapter: AttachedAdapter) -> list[str]:
     """PEFT's `all-linear` reaches further than ours, so what it stands for is written out."""
     if "all-linear" not in adapter.config.targets:
@@ -147,15 +145,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise BadInput("cannot be read as JSON", where=str(path), hint="Save the adapter anew") from error
     if not isinstance(settings, dict):
         raise BadInput("is no JSON object", where=str(path), hint="Save the adapter anew")
-    kind = settings.get("peft_type")
-    if kind != "LORA":
-        raise BadInput(f"the adapter is of type {kind}, only LORA can be loaded", where=str(path))
-    for key, what in _UNSUPPORTED.items():
-        if settings.get(key):
-            hint = "Merge it into its base in PEFT, or train it without"
-            raise BadInput(f"the adapter uses {what}, which cannot be loaded", where=str(path), hint=hint)
-    if settings.get("bias", "none") != "none":
-        raise BadInput("the adapter trained biases of the base, which cannot be loaded", where=str(path))
+    check_supported(settings, str(path))
     return settings
 
 

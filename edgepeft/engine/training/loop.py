@@ -39,6 +39,7 @@ from edgepeft.engine.training.recovery import (
     what_would_help,
 )
 from edgepeft.engine.training.spill import SpillWatch, card_memory, driver_spills
+from edgepeft.engine.training.start import load_start
 from edgepeft.engine.training.step import MicroBatchTooLarge, StepRunner, StepSums
 from edgepeft.engine.training.stopping import StopRequests, StopRun
 from edgepeft.engine.training.update import AdapterUpdate
@@ -123,6 +124,8 @@ def run_training(run: RunFolder, emit: Emit, requests: StopRequests, *, smaller:
             training.restore(checkpoint)
             # Its tensors, copied by now, would otherwise count as the run's for as long as this function works.
             checkpoint = None
+        else:
+            load_start(run, recipe, loaded, training.adapter)
         stopped = prepare(training, smaller)
     training.execute(stopped=stopped)
 

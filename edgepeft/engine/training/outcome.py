@@ -102,6 +102,7 @@ def _make_card(training: Training) -> Card:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         run=training.run.id,
         steps=position.step,
+        parent=recipe.parent.adapter if recipe.parent is not None else "",
         metrics={name: value for name, value in metrics.items() if value is not None},
         notes=plan.notes,
     )

@@ -1,0 +1,189 @@
+"""The adapter that training goes on from: what it is, whether it can be continued over a base, and where it came from."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import msgspec
+
+from edgepeft.errors import BadInput, EdgepeftError, UsageError
+from edgepeft.library.card import Card
+from edgepeft.library.peft_config import check_supported
+from edgepeft.library.store import CONFIG_FILE, AdapterFolder, check_base, resolve_adapter
+from edgepeft.library.tensors import lora_dimensions
+from edgepeft.methods import LoraConfig
+from edgepeft.methods.lora import targeted
+from edgepeft.models.headers import read_header
+from edgepeft.models.shape import ModelShape
+from edgepeft.paths import disk_errors
+from edgepeft.spec import ParentRef
+
+if TYPE_CHECKING:
+    from edgepeft.models.store import ModelEntry
+
+TAKEN_OVER = ("rank", "alpha", "targets", "dropout")
+"""Options whose values come from the parent."""
+_RANK = re.compile(r"\.lora_A(?:\.[^.]+)?\.weight$")
+_LONGEST_LINE = 100
+"""Ancestors that are followed at the most; a library that was tampered with may hold a circle."""
+
+
+class Parent(msgspec.Struct, frozen=True):
+    """An adapter that can be continued."""
+
+    ref: ParentRef
+    method: LoraConfig
+    """What the adapter is, and its continuation too."""
+    notes: tuple[str, ...] = ()
+    """What a person should know, as sentences."""
+
+    def take_over(self, typed: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]:
+        """The typed options with the parent's rank, alpha, targets and dropout among them.
+
+        Raises:
+            UsageError: an option says otherwise.
+        """
+        own = {name: getattr(self.method, name) for name in TAKEN_OVER}
+        for name in TAKEN_OVER:
+            if name in typed and not self._agrees(name, typed[name], shape):
+                shown = ", ".join(own[name]) if name == "targets" else f"{own[name]:g}"
+                raise UsageError(
+                    f"{self.ref.adapter} has {name} {shown}, and its continuation has to keep it",
+                    where=f"--{name}",
+                    hint=f"Leave --{name} out, or train a new adapter without --from",
+                )
+        return {**typed, **own}
+
+    def _agrees(self, name: str, value: Any, shape: ModelShape) -> bool:
+        if name != "targets":
+            return math.isclose(float(value), float(getattr(self.method, name)), rel_tol=1e-9)
+        names = tuple(part.strip() for part in str(value).split(",") if part.strip())
+        return bool(names) and _names(names, shape) == _names(self.method.targets, shape)
+
+
+def find_parent(reference: str, entry: ModelEntry) -> Parent:
+    """The adapter that `NAME`, `NAME@v2` or a folder means, to be continued over a base.
+
+    Raises:
+        BadInput: there is none, it belongs to another base, or it is of a kind that cannot be trained on.
+    """
+    adapter = resolve_adapter(reference)
+    warnings = check_base(adapter, entry)
+    check_supported(adapter.config, str(adapter.path / CONFIG_FILE))
+    method = _method(adapter, entry.shape)
+    ref = ParentRef(adapter.reference, weights_digest(adapter))
+    return Parent(ref, method, tuple(f"{warning}." for warning in warnings))
+
+
+def verified_folder(ref: ParentRef) -> AdapterFolder:
+    """The parent's folder, once more.
+
+    Raises:
+        BadInput: it is gone, or its weights are other ones than when the plan was made.
+    """
+    adapter = resolve_adapter(ref.adapter)
+    if weights_digest(adapter) != ref.sha256:
+        raise BadInput(
+            "its weights are not those that the plan was made for",
+            where=ref.adapter,
+            hint="Plan again with --from",
+        )
+    return adapter
+
+
+def check_continues(ref: ParentRef, method: LoraConfig, entry: ModelEntry) -> None:
+    """Refuses a plan whose method is not that of its parent.
+
+    Raises:
+        BadInput: it is not, or the parent cannot be used any more.
+    """
+    verified_folder(ref)
+    parent = find_parent(ref.adapter, entry).method
+    same = msgspec.structs.replace(parent, targets=method.targets)
+    if method != same or _names(method.targets, entry.shape) != _names(parent.targets, entry.shape):
+        raise BadInput(
+            f"its continuation must keep rank {parent.rank}, alpha {parent.alpha:g}, dropout {parent.dropout:g} and "
+            f"the targets {', '.join(parent.targets)}",
+            where=ref.adapter,
+            hint="Put them back into the plan's [spec.recipe.method], or plan without --from",
+        )
+
+
+def weights_digest(adapter: AdapterFolder) -> str:
+    """`sha256:…` of an adapter's weights file."""
+    with disk_errors(adapter.weights), adapter.weights.open("rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def lineage(card: Card) -> list[str]:
+    """The adapters that one goes back to, its parent first, as far as the library knows them."""
+    line: list[str] = []
+    parent = card.parent
+    while parent and parent not in line and len(line) < _LONGEST_LINE:
+        line.append(parent)
+        try:
+            found = resolve_adapter(parent).card
+        except EdgepeftError:
+            break
+        parent = found.parent if found is not None else ""
+    return line
+
+
+def _method(adapter: AdapterFolder, shape: ModelShape) -> LoraConfig:
+    """The config of a LoRA of one rank and one scale on whole kinds of linears.
+
+    Raises:
+        BadInput: it is another kind of LoRA.
+    """
+    settings, where = adapter.config, str(adapter.path / CONFIG_FILE)
+    hint = "Use it as it is in chat, or train a new adapter without --from"
+    tensors = read_header(adapter.weights)
+    ranks = sorted({tensor.shape[0] for tensor in tensors if _RANK.search(tensor.name) and tensor.shape})
+    if len(ranks) != 1 or ranks[0] != settings.get("r"):
+        told = ", ".join(map(str, ranks)) or "none"
+        raise BadInput(
+            f"its layers have the ranks {told} and its config says {settings.get('r')}: only an adapter of one rank "
+            "can be continued",
+            where=where,
+            hint=hint,
+        )
+    if settings.get("alpha_pattern"):
+        raise BadInput(
+            "its layers have different scales (alpha_pattern): only an adapter of one scale can be continued",
+            where=where,
+            hint=hint,
+        )
+    alpha, dropout = settings.get("lora_alpha"), settings.get("lora_dropout") or 0.0
+    if not isinstance(alpha, int | float) or not isinstance(dropout, int | float):
+        raise BadInput("lora_alpha and lora_dropout must be numbers", where=where, hint="Save the adapter anew")
+    found = lora_dimensions(tensors)
+    for name, layers in found.items():
+        if sorted(layers) != list(range(shape.layers)):
+            raise BadInput(
+                f"it changes {name} in {len(layers)} of {shape.layers} layers: only an adapter on all layers can be "
+                "continued",
+                where=where,
+                hint=hint,
+            )
+    try:
+        config = LoraConfig(ranks[0], float(alpha), tuple(found), float(dropout), bool(settings.get("use_rslora")))
+        return msgspec.structs.replace(config, targets=_shortest(tuple(found), shape))
+    except UsageError as error:
+        raise BadInput(error.what, where=where, hint=error.hint) from error
+
+
+def _shortest(names: tuple[str, ...], shape: ModelShape) -> tuple[str, ...]:
+    """The same linears as people name them: all-linear, the last parts of their names, or the names."""
+    endings = tuple(sorted({name.rsplit(".", 1)[-1] for name in names}))
+    for targets in (("all-linear",), endings):
+        if _names(targets, shape) == set(names):
+            return targets
+    return tuple(sorted(names))
+
+
+def _names(targets: tuple[str, ...], shape: ModelShape) -> set[str]:
+    return {linear.name for linear in targeted(LoraConfig(rank=1, targets=targets), shape)}
