@@ -23,8 +23,14 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     """Preset: quality, balanced, speed or prototype."""
     theme: str | None = None
     """Theme of the terminal UI."""
+    co2_grams_per_kwh: float | str | None = None
+    """Grams of CO₂ of one kWh where you are, for the estimate beside a run's energy; None is the world's average."""
 
 
+WORLD_CO2_GRAMS_PER_KWH = 445.0
+"""Mean of the world's electricity in 2024: International Energy Agency, *Electricity 2025*, chapter Emissions."""
+_LARGEST_CO2_GRAMS = 5000.0
+"""Above any grid; lignite alone gives some 1,200."""
 _ENVIRONMENT = {name: f"EDGEPEFT_{name.upper()}" for name in Settings.__struct_fields__}
 
 
@@ -53,6 +59,28 @@ def settings() -> Settings:
     """The settings in force: config.toml, overridden by EDGEPEFT_BUDGET, EDGEPEFT_GPU and so on."""
     found = {name: os.environ[variable] for name, variable in _ENVIRONMENT.items() if os.environ.get(variable)}
     return msgspec.structs.replace(stored_settings(), **found)
+
+
+def carbon_factor() -> float:
+    """Grams of CO₂ of one kWh: the setting, else the world's average.
+
+    Raises:
+        UsageError: the setting is not a number of grams.
+    """
+    value = settings().co2_grams_per_kwh
+    if value is None:
+        return WORLD_CO2_GRAMS_PER_KWH
+    try:
+        grams = float(value)
+    except ValueError:
+        grams = -1.0
+    if not 0 <= grams <= _LARGEST_CO2_GRAMS:
+        raise UsageError(
+            f"{value!r} is no number of grams of CO₂",
+            where="co2_grams_per_kwh",
+            hint="Give what one kWh causes, such as 350",
+        )
+    return grams
 
 
 def store_setting(key: str, value: str | None) -> None:

@@ -100,6 +100,18 @@ def format_count(count: float) -> str:
     return f"{count:.0f}"
 
 
+def format_watt_hours(watt_hours: float) -> str:
+    """`0.0412 Wh`, `12.3 Wh` or `1.25 kWh`."""
+    return f"{watt_hours / 1000:.3g} kWh" if watt_hours >= 999.5 else f"{watt_hours:.3g} Wh"
+
+
+def format_grams(grams: float) -> str:
+    """An estimate: `0.018 g`, `5.5 g` or `1.2 kg`."""
+    if grams >= 999.5:
+        return f"{grams / 1000:.2g} kg" if grams < 99_500 else f"{grams / 1000:,.0f} kg"
+    return f"{grams:.2g} g" if grams < 99.5 else f"{grams:.0f} g"
+
+
 def format_seconds(seconds: float) -> str:
     """`41 s`, `6 min 05 s`, `2 h 10 min` or `3 d 4 h`; `n/a` when it is not known."""
     if not math.isfinite(seconds):

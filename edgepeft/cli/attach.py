@@ -34,7 +34,7 @@ from edgepeft.runs.launch import log_tail
 from edgepeft.runs.layout import RunFolder
 from edgepeft.runs.rescue import ending_of, rescue
 from edgepeft.runs.state import RunState, RunWatch, read_state
-from edgepeft.units import format_seconds
+from edgepeft.units import format_seconds, format_watt_hours
 
 _POLL_SECONDS = 0.2
 _RESCUE_SECONDS = 1.0
@@ -279,6 +279,10 @@ def live_lines(state: RunState, predicted_peak_bytes: int, elapsed_seconds: floa
     figures.append(memory_text(state, predicted_peak_bytes))
     clock = format_seconds(elapsed_seconds)
     figures.append(clock if state.eta_seconds is None else f"{clock}, ETA {format_seconds(state.eta_seconds)}")
+    if state.power_watts is not None:
+        figures.append(f"{state.power_watts:.0f} W")
+    if state.energy_wh is not None:
+        figures.append(format_watt_hours(state.energy_wh))
     if state.phase_detail and (not training or state.tokens_per_second is None):
         figures = [state.phase_detail, clock]
     return Group(grid, Text(" · ".join(figures), style="dim", no_wrap=True, overflow="ellipsis"))

@@ -22,7 +22,8 @@ from edgepeft.runs.events import (
 )
 from edgepeft.runs.rescue import Ending
 from edgepeft.runs.state import HighestMemory, RunState
-from edgepeft.units import GIB, MIB, format_bytes, format_seconds
+from edgepeft.settings import WORLD_CO2_GRAMS_PER_KWH
+from edgepeft.units import GIB, MIB, format_bytes, format_grams, format_seconds, format_watt_hours
 
 STYLES = {
     "starting": "cyan",
@@ -98,10 +99,11 @@ def plain_line(event: Event, state: RunState, predicted_peak_bytes: int) -> str 
         case CheckpointSaved():
             return f"Step {event.step}: checkpoint saved"
         case StepDone():
+            power = "" if event.power_watts is None else f", {event.power_watts:.0f} W"
             eta = "" if event.eta_seconds is None else f", ETA {format_seconds(event.eta_seconds)}"
             return (
                 f"Step {event.step}/{state.steps}: loss {event.loss:.4f}, {event.tokens_per_second:,.0f} tokens/s, "
-                f"{memory_text(state, predicted_peak_bytes)}{eta}"
+                f"{memory_text(state, predicted_peak_bytes)}{power}{eta}"
             )
         case _:
             return None
@@ -181,11 +183,24 @@ def summary_lines(ending: Finished, run_path: str, model: str) -> list[str]:
     if losses:
         lines.append("Loss     " + ", ".join(losses))
     lines.append(f"Memory   {peak_text(ending.measured_peak_bytes, ending.predicted_peak_bytes)}")
+    if ending.energy_wh is not None:
+        lines.append(f"Energy   {energy_text(ending)}")
     # An adapter in the library knows its base by itself.
     chosen = f"--adapter {ending.published.partition('@')[0]}" if ending.published else f"{model} --adapter {name}"
     lines.append(f"Next     edgepeft chat {chosen}")
     lines.append(f"{_INDENT}edgepeft eval {chosen} --data FILE")
     return lines
+
+
+def energy_text(ending: Finished) -> str:
+    """What a run used, of what, and the CO₂ that stands for it; `n/a` where no sensor could be read."""
+    if ending.energy_wh is None:
+        return "n/a"
+    text = f"{format_watt_hours(ending.energy_wh)} ({ending.energy_of}; loading is not counted)"
+    if ending.co2_grams is None or ending.co2_grams_per_kwh is None:
+        return text
+    world = ", the world's average" if ending.co2_grams_per_kwh == WORLD_CO2_GRAMS_PER_KWH else ""
+    return f"{text}, about {format_grams(ending.co2_grams)} CO₂ at {ending.co2_grams_per_kwh:g} g/kWh{world}"
 
 
 def peak_text(measured_bytes: int, predicted_bytes: int) -> str:

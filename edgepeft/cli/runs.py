@@ -61,15 +61,18 @@ def list_(as_json: JsonFlag = False) -> None:
 @app.command("show")
 def show(run_id: RunId, as_json: JsonFlag = False) -> None:
     """Show one run: its plan, what it does, its last events, and where its files lie."""
-    from edgepeft.cli.run_text import STYLES, memory_table, memory_text, plan_lines, sentence
+    from edgepeft.cli.run_text import STYLES, energy_text, memory_table, memory_text, plan_lines, sentence
+    from edgepeft.runs.events import Finished
     from edgepeft.runs.launch import log_tail
     from edgepeft.runs.layout import open_run
     from edgepeft.runs.state import RunWatch, highest_memory
-    from edgepeft.units import format_age
+    from edgepeft.units import format_age, format_watt_hours
 
     run = open_run(run_id)
     plan = run.read_plan()
-    events, state = RunWatch(run, plan.steps).poll()
+    watch = RunWatch(run, plan.steps)
+    events, state = watch.poll()
+    ending = watch.folded.ending
     measured = highest_memory(events)
     failed = state.status in ("failed", "lost")
     tail = log_tail(run) if failed else []
@@ -99,6 +102,10 @@ def show(run_id: RunId, as_json: JsonFlag = False) -> None:
         line(f"Last     heard of {format_age(time.time() - state.updated_at)} ago")
     if state.peak_bytes is not None:
         line(f"Measured {memory_text(state, plan.memory.peak_bytes)}")
+    if isinstance(ending, Finished):
+        line(f"Energy   {energy_text(ending)}")
+    elif state.step:
+        line(f"Energy   {'n/a' if state.energy_wh is None else format_watt_hours(state.energy_wh)}")
     for text in plan_lines(plan, out.width):
         line(text)
     if measured is not None:

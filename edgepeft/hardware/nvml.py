@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 from edgepeft.hardware.process_names import process_name
@@ -36,6 +37,41 @@ def probe_gpus() -> tuple[list[GpuSnapshot], str]:
         pynvml.nvmlShutdown()
     cards = [card for card in found if card is not None]
     return cards, "" if cards else "the NVIDIA driver works and sees no card"
+
+
+class CardSensor:
+    """One card, kept open to be asked often."""
+
+    def __init__(self, nvml: Any, handle: Any) -> None:
+        self._nvml = nvml
+        self._handle = handle
+
+    def energy_joules(self) -> float | None:
+        """Since the driver was loaded; None on cards before Volta."""
+        millijoules = _read(self._nvml, self._nvml.nvmlDeviceGetTotalEnergyConsumption, self._handle)
+        return None if millijoules is None else millijoules / 1000
+
+    def power_watts(self) -> float | None:
+        """Now; the mean of the last second on newer cards."""
+        milliwatts = _read(self._nvml, self._nvml.nvmlDeviceGetPowerUsage, self._handle)
+        return None if milliwatts is None else milliwatts / 1000
+
+
+@contextmanager
+def open_card(uuid: str) -> Iterator[CardSensor | None]:
+    """Within it, the card of this UUID can be asked; None where no driver answers or it has no such card."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        yield None
+        return
+    try:
+        handle = _read(pynvml, pynvml.nvmlDeviceGetHandleByUUID, uuid)
+        yield None if handle is None else CardSensor(pynvml, handle)
+    finally:
+        pynvml.nvmlShutdown()
 
 
 def _read_gpu(nvml: Any, index: int, driver: str | None, cuda_driver: tuple[int, int] | None) -> GpuSnapshot | None:

@@ -54,7 +54,8 @@ class Card(msgspec.Struct, frozen=True):
     """Id of the run that made it."""
     steps: int
     metrics: dict[str, float] = {}
-    """train_loss, eval_loss, train_seconds, tokens_per_second, predicted_peak_bytes, measured_peak_bytes …"""
+    """train_loss, eval_loss, train_seconds, tokens_per_second, predicted_peak_bytes, measured_peak_bytes, energy_wh,
+    co2_grams …"""
     parent: str = ""
     """`NAME@vK` that training started from."""
     notes: tuple[str, ...] = ()

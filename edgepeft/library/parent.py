@@ -1,4 +1,4 @@
-"""The adapter that training goes on from: what it is, whether it can be continued over a base, and where it came from."""
+"""The adapter that training goes on from: what it is, whether it can be continued, and where it came from itself."""
 
 from __future__ import annotations
 

@@ -71,6 +71,10 @@ class StepDone(_Event, frozen=True, kw_only=True, tag="step"):
     rss_bytes: int | None = None
     """Anonymous and shared resident bytes of the process after the step."""
     eta_seconds: float | None = None
+    power_watts: float | None = None
+    """Of what `Finished.energy_of` names, the mean of about the last second; None where no sensor may be read."""
+    energy_wh: float | None = None
+    """Since the run began, all processes together."""
 
 
 class Evaluated(_Event, frozen=True, kw_only=True, tag="eval"):
@@ -173,6 +177,15 @@ class Finished(_Event, frozen=True, kw_only=True, tag="finished"):
     eval_loss: float | None = None
     published: str = ""
     """`NAME@vK` in the adapter library; empty when nothing was published."""
+    energy_wh: float | None = None
+    """Used while training, evaluating and saving, all processes of the run together; None where no sensor may be
+    read."""
+    energy_of: str = ""
+    """What that includes, in words, such as `card and CPU package`."""
+    co2_grams: float | None = None
+    """Estimated from it."""
+    co2_grams_per_kwh: float | None = None
+    """With this factor."""
 
 
 class Failed(_Event, frozen=True, kw_only=True, tag="failed"):

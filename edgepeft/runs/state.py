@@ -62,6 +62,10 @@ class RunState(msgspec.Struct, frozen=True):
     live_bytes: int | None = None
     peak_bytes: int | None = None
     """Highest measured, over all workers of the run."""
+    power_watts: float | None = None
+    """Of the latest step; None where no sensor may be read."""
+    energy_wh: float | None = None
+    """Since the run began, of the steps that count."""
     phase: str = ""
     """load, data, train, evaluate or save; empty before the first."""
     phase_detail: str = ""
@@ -123,6 +127,8 @@ class RunFold:
                     "eval_loss": self.evaluations[-1].loss if self.evaluations else None,
                     "eta_seconds": None,
                     "live_bytes": None,
+                    "power_watts": None,
+                    "energy_wh": self.history[-1].energy_wh if self.history else None,
                     "phase": "",
                     "phase_detail": "",
                     "phase_fraction": None,
@@ -142,6 +148,8 @@ class RunFold:
                     "eta_seconds": event.eta_seconds,
                     "live_bytes": event.live_bytes,
                     "peak_bytes": _larger(state.peak_bytes, event.peak_bytes),
+                    "power_watts": event.power_watts,
+                    "energy_wh": event.energy_wh,
                 }
             case Evaluated():
                 self.evaluations.append(event)
@@ -165,6 +173,8 @@ class RunFold:
                     "eval_loss": event.eval_loss if event.eval_loss is not None else state.eval_loss,
                     "peak_bytes": _larger(state.peak_bytes, event.measured_peak_bytes),
                     "tokens_per_second": event.tokens_per_second,
+                    "energy_wh": event.energy_wh if event.energy_wh is not None else state.energy_wh,
+                    "power_watts": None,
                     "eta_seconds": None,
                 }
             case Failed():

@@ -130,7 +130,7 @@ def test_several_ranks_are_refused(base: ModelEntry, folder: Path) -> None:
         }
 
     rewrite(folder, smaller)
-    with pytest.raises(BadInput, match="ranks 3, 6 .* only an adapter of one rank"):
+    with pytest.raises(BadInput, match=r"ranks 3, 6 .* only an adapter of one rank"):
         find_parent(str(folder), base)
 
 

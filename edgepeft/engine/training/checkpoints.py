@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from edgepeft.engine.training.measured import MeasuredPeak
 from edgepeft.errors import BadInput, DiskProblem
+from edgepeft.hardware.energy import EnergyUse
 from edgepeft.paths import disk_errors, make_folder, sync_folder
 from edgepeft.spec import Layout, Recipe
 from edgepeft.units import MIB, format_bytes
@@ -53,6 +54,8 @@ class RunPosition(msgspec.Struct, frozen=True):
     """Highest memory so far, over all processes of the run."""
     not_finite_in_a_row: int = 0
     """Steps skipped one after the other up to here."""
+    energy: EnergyUse = EnergyUse()
+    """Used so far, over all processes of the run."""
 
 
 class _State(msgspec.Struct, frozen=True):

@@ -21,6 +21,7 @@ from edgepeft.engine.training.account import MemoryAccount
 from edgepeft.engine.training.batches import Sample
 from edgepeft.engine.training.checkpoints import Checkpoint, RunPosition, read_newest_checkpoint, write_checkpoint
 from edgepeft.engine.training.device import device_name, package_versions, training_device, use_physical_cores
+from edgepeft.engine.training.energy import EnergyAccount
 from edgepeft.engine.training.evaluation import Evaluations
 from edgepeft.engine.training.limit import limit_memory
 from edgepeft.engine.training.measured import MeasuredPeak
@@ -153,6 +154,7 @@ class Training:
         self._recipe = plan.spec.recipe
         self._upkeep = plan.spec.upkeep
         self._requests = requests
+        self.energy = EnergyAccount(plan.spec.device)
         self.adapter = attach(loaded, "training", self._recipe.method, self._recipe.seed)
         set_active(loaded, [(self.adapter.name, 1.0)])
         self.update = AdapterUpdate(self.adapter.named_parameters(), self._recipe.optimizer, accelerator)
@@ -201,11 +203,16 @@ class Training:
         self.update.restore(checkpoint.optimizer, checkpoint.scaler)
         checkpoint.restore_random_states()
         self.position = checkpoint.position
+        self.energy.go_on(self.position.energy)
         self._finite.in_a_row = self.position.not_finite_in_a_row
         self._saved_step = self.position.step
 
     def execute(self, *, stopped: bool = False) -> None:
         """Runs the steps that are left, evaluates, and saves; when asked to stop, saves what there is."""
+        with self.energy.measuring():
+            self._execute(stopped)
+
+    def _execute(self, stopped: bool) -> None:
         try:
             if stopped:
                 raise StopRun
@@ -283,6 +290,8 @@ class Training:
                 peak_bytes=self.account.peak().peak_bytes,
                 rss_bytes=self.account.read_resident(),
                 eta_seconds=self._seconds_smoothed * (self.steps - step - 1),
+                power_watts=self.energy.power_watts,
+                energy_wh=self.energy.watt_hours,
             )
         )
         if self.gauge.peak_bytes > peak_before:
@@ -407,7 +416,7 @@ class Training:
         return time.monotonic() - self._saved_at >= self._upkeep.checkpoint_seconds
 
     def _save_checkpoint(self) -> None:
-        self.position = msgspec.structs.replace(self.position, measured=self.measured())
+        self.position = msgspec.structs.replace(self.position, measured=self.measured(), energy=self.energy.use())
         folder = write_checkpoint(
             self.run.checkpoints,
             self.position,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,7 +17,7 @@ from edgepeft.library.card import Card, TemplateRecord
 from edgepeft.library.store import list_adapters, next_version, publish, write_card
 from edgepeft.memory.calibration import observe, observed
 from edgepeft.models.store import ModelEntry
-from edgepeft.runs.events import Finished
+from edgepeft.runs.events import Finished, Warned
 from edgepeft.runs.layout import RunFolder
 from edgepeft.spec import DataRef
 
@@ -34,8 +34,13 @@ def finish_run(training: Training, *, stopped: bool) -> Finished:
     Raises:
         DiskProblem: no space, or no permission.
     """
+
+    def warn(message: str) -> None:
+        training.emit(Warned(message=message))
+
+    energy = training.energy.ending(warn)
     run, plan, position, measured = training.run, training.plan, training.position, training.measured()
-    card = _make_card(training)
+    card = _make_card(training, energy)
     save_adapter(run.adapter, training.adapter, training.loaded.entry.name)
     write_card(run.adapter, card)
     published = ""
@@ -57,6 +62,7 @@ def finish_run(training: Training, *, stopped: bool) -> Finished:
         train_loss=_train_loss(training),
         eval_loss=position.last_eval_loss,
         published=published,
+        **energy,
     )
 
 
@@ -74,7 +80,7 @@ def _published_before(run: RunFolder, name: str) -> str | None:
     return None
 
 
-def _make_card(training: Training) -> Card:
+def _make_card(training: Training, energy: dict[str, Any]) -> Card:
     plan, position, entry = training.plan, training.position, training.loaded.entry
     recipe = plan.spec.recipe
     trainable = sum(parameter.numel() for parameter in training.adapter.named_parameters().values())
@@ -86,6 +92,7 @@ def _make_card(training: Training) -> Card:
         "tokens_per_second": _tokens_per_second(training),
         "predicted_peak_bytes": float(plan.memory.peak_bytes),
         "measured_peak_bytes": float(training.measured().peak_bytes),
+        **{name: value for name, value in energy.items() if isinstance(value, float)},
     }
     return Card(
         name=plan.adapter_name,
