@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from edgepeft.data.prepare import fingerprint_file
 from edgepeft.memory.breakdown import Breakdown, Phase
 from edgepeft.methods.lora import LoraConfig
 from edgepeft.paths import write_atomic
@@ -41,7 +42,7 @@ def toy_plan(steps: int = 6, fingerprint: str = "sha256:base") -> TrainPlan:
     """A plan of `steps` steps; its base does not exist, and its data is this file."""
     recipe = Recipe(
         base=BaseRef("toy", fingerprint, "LlamaForCausalLM"),
-        data=DataRef(__file__, "sha256:data", "text"),
+        data=DataRef(__file__, fingerprint_file(Path(__file__)), "text"),
         method=LoraConfig(rank=4),
         precision="nf4",
         compute_dtype="bf16",

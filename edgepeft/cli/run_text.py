@@ -169,6 +169,9 @@ def _joined(head: str, words: list[str], width: int) -> list[str]:
 
 def summary_lines(ending: Finished, run_path: str, model: str) -> list[str]:
     """How a run ended, its numbers, and what to type next."""
+    if not ending.adapter:
+        kept = f"the checkpoint of step {ending.step:,} is kept" if ending.step else "nothing was trained yet"
+        return [f"Stopped while loading: {kept}"]
     name = ending.published or f"{run_path}/{ending.adapter}"
     verb = "Stopped and saved" if ending.stopped else "Trained"
     lines = [

@@ -174,6 +174,10 @@ def stop_(
 def resume_(
     run_id: RunId,
     detach: Annotated[bool, typer.Option("--detach", help="Start it and return.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Though a data file changed or is gone: with the file as it was, from the cache."),
+    ] = False,
     as_json: JsonFlag = False,
 ) -> None:
     """Go on with a lost, failed or stopped run from its newest checkpoint."""
@@ -186,7 +190,7 @@ def resume_(
     run = open_run(run_id)
     plan = run.read_plan()
     began = time.time()
-    resume(run)
+    resume(run, force=force)
     if detach:
         if as_json:
             sys.stdout.write(json.dumps({"type": "launched", "run": run.id, "path": str(run.path)}) + "\n")

@@ -33,6 +33,7 @@ _SCHEMA_VERSION = 1
 _SPLIT_SEED = 0
 _BATCH_RECORDS = 256
 _BATCH_CHARS = 1 << 20
+_PUT_BACK = "Put the planned file back, or train anew with the file as it is now"
 
 
 class PreparedData(msgspec.Struct, frozen=True):
@@ -45,6 +46,8 @@ class PreparedData(msgspec.Struct, frozen=True):
     format: Format
     counts: TokenCounts
     """Of the training file, before the split."""
+    key: str = ""
+    """Equal for equal files, readings, tokenizers and chat templates."""
 
 
 def describe_data(
@@ -137,26 +140,45 @@ def prepare(data: DataRef, model_folder: Path, *, progress: Progress | None = No
         usable = np.flatnonzero(file.trained > 0)
         in_train = split_samples(file.contents[usable], file.lines[usable], data.eval_fraction)
         train, held_out = TokenTable(file, usable[in_train]), TokenTable(file, usable[~in_train])
-    return PreparedData(train=train, held_out=held_out, notes=tuple(notes), format=counts.format, counts=counts)
+    key = _cache_key(data, data.fingerprint, tokenizer, template)
+    return PreparedData(train, held_out, tuple(notes), counts.format, counts, key)
 
 
-def check_unchanged(data: DataRef) -> list[str]:
-    """Compares the files with the fingerprints that were taken of them; returns what is gone, as sentences.
+def check_unchanged(data: DataRef, *, forced: bool = False, hint: str = "") -> list[str]:
+    """Compares the files with the fingerprints that were taken of them.
 
-    A file that is gone is no error here: its tokens may be in the cache, and `prepare` refuses when they are not.
+    A run learns from the content that it was planned with, or not at all: its checkpoints belong to that content. So
+    where a file is another one by now, only its tokens in the cache, which are those of the planned content, can be
+    gone on with. That is exact, and done only when it is asked for: whoever changed the file may want it to count.
+
+    Args:
+        data: of the plan.
+        forced: go on with the cached tokens of files that changed or are gone; `prepare` refuses when there are none.
+        hint: what to do next, where it is not to put the file back or to plan anew.
+
+    Returns:
+        What is gone on with, as sentences without a full stop; empty when every file is the planned one.
 
     Raises:
-        BadInput: a file is not the one that was described.
+        BadInput: a file changed or is gone, and that is not forced; it says which, and what it is for.
     """
-    gone: list[str] = []
-    for path, fingerprint in ((data.path, data.fingerprint), (data.eval_path, data.eval_fingerprint)):
+    found: list[str] = []
+    for role, path, fingerprint in (
+        ("training", data.path, data.fingerprint),
+        ("held-out", data.eval_path, data.eval_fingerprint),
+    ):
         if path is None or fingerprint is None:
             continue
-        if not Path(path).is_file():
-            gone.append(f"{path} is gone; its tokens are taken from the cache if they are there")
-        elif fingerprint_file(Path(path)) != fingerprint:
-            raise _changed(path)
-    return gone
+        there = Path(path).is_file()
+        if there and fingerprint_file(Path(path)) == fingerprint:
+            continue
+        what = "has changed since the plan was made" if there else "is gone"
+        if not forced:
+            raise BadInput(f"the {role} file {what}", where=path, hint=hint or _PUT_BACK)
+        found.append(
+            f"the {role} file {path} {what}: the run goes on with the tokens of the file as it was, from the cache"
+        )
+    return found
 
 
 def fingerprint_file(path: Path) -> str:
@@ -204,8 +226,11 @@ def _build(
 ) -> TokenCounts:
     from edgepeft.data.token_table import TokenWriter
 
-    if fingerprint_file(path) != fingerprint:
-        raise _changed(str(path))
+    if not path.is_file() or fingerprint_file(path) != fingerprint:
+        what = "has changed since the plan was made" if path.is_file() else "is gone"
+        raise BadInput(
+            f"the file {what}, and the cache does not hold its tokens as it was", where=str(path), hint=_PUT_BACK
+        )
     file = RenderedFile(path, data, template)
     stops = frozenset(tokenizer.stop_token_ids(template))
     totals: Counter[str] = Counter()
@@ -238,14 +263,6 @@ def _build(
         finally:
             writer.close(keep=complete)
     return file.counts(samples=totals["samples"], with_loss=totals["with_loss"], with_end=totals["with_end"])
-
-
-def _changed(path: str) -> BadInput:
-    return BadInput(
-        "the file has changed since the plan was made",
-        where=path,
-        hint="Put the planned file back, or train anew with the file as it is now",
-    )
 
 
 def _cache_key(data: DataRef, fingerprint: str, tokenizer: Tokenizer, template: ChatTemplate | None) -> str:

@@ -13,6 +13,12 @@ from edgepeft.paths import disk_errors, write_atomic
 
 CONTROL_FILE = "control.json"
 
+FORCE_HINT = (
+    "Put the planned file back, or resume the run with --force: it then goes on with the file as it was, whose tokens "
+    "are in the cache; to learn from the file as it is now, train anew"
+)
+"""What to do about a run whose data changed under it."""
+
 Request = Literal["stop", "pause", "checkpoint"]
 
 

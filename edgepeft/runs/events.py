@@ -154,7 +154,7 @@ class Finished(_Event, frozen=True, kw_only=True, tag="finished"):
 
     step: int
     adapter: str
-    """Path of the adapter, relative to the run folder."""
+    """Path of the adapter, relative to the run folder; empty when it was stopped before there was one."""
     stopped: bool = False
     """True when the user stopped it before the last step."""
     train_seconds: float

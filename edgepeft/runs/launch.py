@@ -18,7 +18,7 @@ from edgepeft.paths import check_name, disk_errors, home, write_atomic
 from edgepeft.plan.revise import check_fits
 from edgepeft.plan.train_plan import TrainPlan
 from edgepeft.processes import start_worker
-from edgepeft.runs.control import clear_request, request
+from edgepeft.runs.control import FORCE_HINT, clear_request, request
 from edgepeft.runs.layout import RunFolder, create_run
 from edgepeft.runs.lock import is_locked
 from edgepeft.runs.state import START_SECONDS, Launched, RunState, read_launched, read_state
@@ -59,12 +59,19 @@ def launch(plan: TrainPlan, name: str) -> RunFolder:
     return run
 
 
-def resume(run: RunFolder) -> None:
+def resume(run: RunFolder, *, force: bool = False) -> None:
     """Starts the worker of a lost, failed or stopped run again; it goes on from the newest good checkpoint.
 
+    Args:
+        run: the run.
+        force: go on though a data file has changed or is gone, with the tokens of the file as it was.
+
     Raises:
-        BadInput: the run has a worker, is finished, or has no readable plan.
+        BadInput: the run has a worker, is finished, or has no readable plan; a data file is not the planned one, and
+            that is not forced.
     """
+    from edgepeft.data.prepare import check_unchanged
+
     plan = run.read_plan()
     state = read_state(run, plan.steps)
     if state.alive:
@@ -72,11 +79,12 @@ def resume(run: RunFolder) -> None:
     if state.status == "finished":
         adapter = state.published or plan.adapter_name
         raise BadInput(f"run {run.id} is finished", hint=f"Its adapter is {adapter}; train again for a new version")
+    check_unchanged(plan.spec.recipe.data, forced=force, hint=FORCE_HINT)
     check_free_disk(plan)
     clear_request(run)
     with disk_errors(run.rescued_file):
         run.rescued_file.unlink(missing_ok=True)
-    _await_lock(run, _start(run, plan.spec.device))
+    _await_lock(run, _start(run, plan.spec.device, old_data=force))
 
 
 def restart_smaller(run: RunFolder, ending: str) -> None:
@@ -89,7 +97,9 @@ def restart_smaller(run: RunFolder, ending: str) -> None:
     Raises:
         EdgepeftError: the worker ended before it began.
     """
-    _await_lock(run, _start(run, run.read_plan().spec.device, "--smaller", ending))
+    before = read_launched(run.launched_file)
+    old_data = before is not None and before.old_data
+    _await_lock(run, _start(run, run.read_plan().spec.device, "--smaller", ending, old_data=old_data))
 
 
 def exit_code_of(run: RunFolder) -> int | None:
@@ -234,16 +244,16 @@ def log_tail(run: RunFolder, lines: int = 20) -> list[str]:
     return [line.rstrip() for line in text.splitlines() if line.strip()][-lines:]
 
 
-def _start(run: RunFolder, device: str, *options: str) -> subprocess.Popen[bytes]:
+def _start(run: RunFolder, device: str, *options: str, old_data: bool = False) -> subprocess.Popen[bytes]:
     _children[:] = [child for child in _children if child.poll() is None]
     previous = read_launched(run.launched_file)
-    launched = Launched(time=time.time())
+    launched = Launched(time=time.time(), old_data=old_data)
     _write_launched(run, launched)
     try:
         with disk_errors(run.log_file), run.log_file.open("ab") as log:
             process = start_worker(
                 WORKER,
-                [str(run.path), *options],
+                [str(run.path), *options, *(["--old-data"] if old_data else [])],
                 device=device,
                 detached=True,
                 stdout=log,

@@ -44,6 +44,9 @@ class Launched(msgspec.Struct, frozen=True):
     took_lock: bool = False
     """Whether the launcher saw the worker hold the lock; from then on the lock alone tells its life."""
 
+    old_data: bool = False
+    """Whether it was to go on with cached tokens where a data file had changed or was gone."""
+
 
 class RunState(msgspec.Struct, frozen=True):
     """A run at one moment."""

@@ -29,6 +29,7 @@ from edgepeft.errors import BadInput, EdgepeftError, OutOfMemory
 from edgepeft.library.store import resolve_adapter
 from edgepeft.methods import LoraConfig
 from edgepeft.models.store import ModelEntry
+from edgepeft.paths import home
 from edgepeft.runs.control import request
 from edgepeft.runs.events import (
     CheckpointSaved,
@@ -43,6 +44,7 @@ from edgepeft.runs.events import (
 from edgepeft.runs.layout import RunFolder
 from edgepeft.spec import Layout
 from out_of_memory import fail_at
+from tiny import CHATML
 from training_runs import of_type, tiny_base, tiny_plan, tiny_run, train, write_data
 
 LAYOUT = Layout(micro_batch_tokens=160, loss_chunk_tokens=16)
@@ -383,12 +385,45 @@ def test_changed_data_is_refused_though_its_tokens_are_cached(tmp_path: Path, ba
     data = tmp_path / "data.jsonl"
     content = data.read_text()
     data.write_text(content + content)
-    with pytest.raises(BadInput, match=r"data\.jsonl: the file has changed"):
+    with pytest.raises(BadInput, match=r"data\.jsonl: the training file has changed .* resume the run with --force"):
         train(run)
     data.unlink()
-    events = train(run)
-    assert any("is gone" in warning.message for warning in of_type(events, Warned))
-    assert of_type(events, Finished)
+    with pytest.raises(BadInput, match=r"data\.jsonl: the training file is gone"):
+        train(run)
+
+
+@pytest.mark.parametrize("fate", ["changed", "gone"])
+def test_forced_it_goes_on_with_the_tokens_as_they_were(tmp_path: Path, base: ModelEntry, fate: str) -> None:
+    whole, run = tiny_run(tmp_path, base, "whole"), tiny_run(tmp_path, base, "forced")
+    train(whole)
+    train_until(run, 2)
+    data = tmp_path / "data.jsonl"
+    if fate == "changed":
+        data.write_text(data.read_text() * 2)
+    else:
+        data.unlink()
+    events = train(run, old_data=True)
+    (told,) = (warning.message for warning in of_type(events, Warned))
+    assert f"the training file {data} {'has changed' if fate == 'changed' else 'is gone'}" in told
+    assert_same(weights(run), weights(whole))
+    # Without the cache there is nothing to go on with, forced or not.
+    shutil.rmtree(home().cache)
+    other = tiny_run(tmp_path, base, "other", data=run.read_plan().spec.recipe.data)
+    data.write_text("changed once more")
+    with pytest.raises(BadInput, match="the cache does not hold its tokens"):
+        train(other, old_data=True)
+
+
+def test_another_tokenizer_or_template_is_refused_on_resume(tmp_path: Path, base: ModelEntry) -> None:
+    template = tmp_path / "chat.jinja"
+    template.write_text(CHATML)
+    run = tiny_run(tmp_path, base, data=describe_data(write_data(tmp_path / "data.jsonl"), template=str(template)))
+    train_until(run, 2)
+    template.write_text(CHATML.replace("{{ message['content'] }}", " {{ message['content'] }}"))
+    with pytest.raises(BadInput, match="the chat template has changed since the checkpoint"):
+        train(run)
+    template.write_text(CHATML)
+    assert of_type(train(run), Finished)[0].published == "tiny@v1"
 
 
 def test_a_changed_held_out_file_is_refused(tmp_path: Path, base: ModelEntry) -> None:
@@ -396,7 +431,7 @@ def test_a_changed_held_out_file_is_refused(tmp_path: Path, base: ModelEntry) ->
     data = describe_data(write_data(tmp_path / "data.jsonl"), eval_path=held_out)
     run = tiny_run(tmp_path, base, data=data)
     held_out.write_text(held_out.read_text() * 2)
-    with pytest.raises(BadInput, match=r"held-out\.jsonl: the file has changed"):
+    with pytest.raises(BadInput, match=r"held-out\.jsonl: the held-out file has changed"):
         train(run)
 
 

@@ -63,7 +63,8 @@ def kill_worker(run: RunFolder) -> None:
 
 
 def command(*arguments: str, steps: int = 6) -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.Popen(
         [sys.executable, "-c", COMMAND_LINE, str(steps), *arguments],
         stdin=subprocess.DEVNULL,

@@ -54,6 +54,8 @@ class RunPosition(msgspec.Struct, frozen=True):
     """Highest memory so far, over all processes of the run."""
     not_finite_in_a_row: int = 0
     """Steps skipped one after the other up to here."""
+    data_key: str = ""
+    """Of the tokens that were trained on; see `PreparedData.key`."""
     energy: EnergyUse = EnergyUse()
     """Used so far, over all processes of the run."""
 

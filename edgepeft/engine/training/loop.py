@@ -26,9 +26,9 @@ from edgepeft.engine.training.evaluation import Evaluations
 from edgepeft.engine.training.limit import limit_memory
 from edgepeft.engine.training.measured import MeasuredPeak
 from edgepeft.engine.training.memory import resident_bytes
-from edgepeft.engine.training.opening import Emit, find_base, load_base, open_data
+from edgepeft.engine.training.opening import Emit, check_same_tokens, find_base, load_base, open_data
 from edgepeft.engine.training.optimizer import FiniteWatch, learning_rate_at
-from edgepeft.engine.training.outcome import finish_run, keep_observation
+from edgepeft.engine.training.outcome import finish_run, keep_observation, stopped_before_training
 from edgepeft.engine.training.preparation import prepare
 from edgepeft.engine.training.reading import SampleReader
 from edgepeft.engine.training.recovery import (
@@ -75,7 +75,9 @@ class _Learned(NamedTuple):
     outcome: Literal["changed", "nothing to learn", "not finite"]
 
 
-def run_training(run: RunFolder, emit: Emit, requests: StopRequests, *, smaller: Cause | None = None) -> None:
+def run_training(
+    run: RunFolder, emit: Emit, requests: StopRequests, *, smaller: Cause | None = None, old_data: bool = False
+) -> None:
     """Executes the plan of `run`, or what is left of it, and ends with a `Finished` event.
 
     Args:
@@ -84,6 +86,7 @@ def run_training(run: RunFolder, emit: Emit, requests: StopRequests, *, smaller:
         requests: polled before every micro-batch.
         smaller: begin with the next smaller layout, because the worker before this one was "killed" or lost its
             "device".
+        old_data: go on with cached tokens where a data file has changed or is gone.
 
     Raises:
         BadInput: the base, the data or a checkpoint are not those of the plan.
@@ -117,17 +120,23 @@ def run_training(run: RunFolder, emit: Emit, requests: StopRequests, *, smaller:
             emit(Warned(message=complaint, step=done))
     account = MemoryAccount(device, plan.spec.device, plan.memory, limit.limit_bytes)
     entry = find_base(recipe)
-    data = open_data(recipe, entry, emit)
-    with account.sampling():
-        loaded = load_base(recipe, entry, device, account, limit, emit)
-        training = Training(run, plan, loaded, data, accelerator, account, emit, requests)
-        if checkpoint is not None:
-            training.restore(checkpoint)
-            # Its tensors, copied by now, would otherwise count as the run's for as long as this function works.
-            checkpoint = None
-        else:
-            load_start(run, recipe, loaded, training.adapter)
-        stopped = prepare(training, smaller)
+    position = checkpoint.position if checkpoint else RunPosition(step=0, layout=plan.spec.layout)
+    tell = requests.obeyed_by(emit)
+    try:
+        data = open_data(recipe, entry, tell, forced=old_data)
+        with account.sampling():
+            loaded = load_base(recipe, entry, device, account, limit, tell)
+            training = Training(run, plan, loaded, data, accelerator, account, emit, requests)
+            if checkpoint is not None:
+                training.restore(checkpoint)
+                # Its tensors, copied by now, would otherwise count as the run's for as long as this function works.
+                checkpoint = None
+            else:
+                load_start(run, recipe, loaded, training.adapter)
+            stopped = prepare(training, smaller)
+    except StopRun:
+        emit(stopped_before_training(run, plan, position))
+        return
     training.execute(stopped=stopped)
 
 
@@ -179,7 +188,7 @@ class Training:
         )
         if self.steps != plan.steps:
             emit(Warned(message=f"the data gives {self.steps} steps, the plan said {plan.steps}"))
-        self.position = RunPosition(step=0, layout=plan.spec.layout)
+        self.position = RunPosition(step=0, layout=plan.spec.layout, data_key=data.key)
         self._finite = FiniteWatch()
         self.runner = StepRunner(
             loaded,
@@ -199,6 +208,7 @@ class Training:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes on where `checkpoint` was written."""
+        check_same_tokens(checkpoint.position.data_key, self.position.data_key, self._recipe)
         self.adapter.load_state_dict(checkpoint.adapter)
         self.update.restore(checkpoint.optimizer, checkpoint.scaler)
         checkpoint.restore_random_states()

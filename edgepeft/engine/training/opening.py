@@ -15,6 +15,7 @@ from edgepeft.engine.training.limit import MemoryLimit
 from edgepeft.engine.training.recovery import first_line, is_out_of_memory
 from edgepeft.errors import BadInput, DoesNotFit, EdgepeftError, OutOfMemory
 from edgepeft.models.store import ModelEntry, find_model, verify_unchanged
+from edgepeft.runs.control import FORCE_HINT
 from edgepeft.runs.events import Event, PhaseChanged, Warned
 from edgepeft.spec import Recipe
 from edgepeft.units import format_bytes
@@ -41,16 +42,22 @@ def find_base(recipe: Recipe) -> ModelEntry:
     return entry
 
 
-def open_data(recipe: Recipe, entry: ModelEntry, emit: Emit) -> PreparedData:
+def open_data(recipe: Recipe, entry: ModelEntry, emit: Emit, *, forced: bool = False) -> PreparedData:
     """The token tables of the run.
+
+    Args:
+        recipe: of the run.
+        entry: its base.
+        emit: told how far it is.
+        forced: go on with cached tokens where a file has changed or is gone.
 
     Raises:
         BadInput: the data is not that of the plan.
     """
     name = Path(recipe.data.path).name
     emit(PhaseChanged(name="data", detail=name))
-    for gone in check_unchanged(recipe.data):
-        emit(Warned(message=gone))
+    for told_of in check_unchanged(recipe.data, forced=forced, hint=FORCE_HINT):
+        emit(Warned(message=told_of))
     told = [time.monotonic()]
 
     def progress(done: int, total: int) -> None:
@@ -59,6 +66,26 @@ def open_data(recipe: Recipe, entry: ModelEntry, emit: Emit) -> PreparedData:
             emit(PhaseChanged(name="data", detail=name, fraction=done / max(1, total)))
 
     return prepare(recipe.data, Path(entry.folder), progress=progress)
+
+
+def check_same_tokens(before: str, now: str, recipe: Recipe) -> None:
+    """Refuses tokens that another tokenizer or chat template made of the same files.
+
+    Args:
+        before: key of the tokens that a checkpoint was trained on; empty where it does not know.
+        now: key of those that were opened.
+        recipe: of the run.
+
+    Raises:
+        BadInput: they differ.
+    """
+    if before and before != now:
+        raise BadInput(
+            f"the tokenizer of {recipe.base.model} or the chat template has changed since the checkpoint was written: "
+            "the same data gives other tokens now",
+            where=recipe.data.template or recipe.base.model,
+            hint="Put the files back as they were, or train anew",
+        )
 
 
 def load_base(

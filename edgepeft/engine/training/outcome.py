@@ -11,12 +11,14 @@ import torch
 from edgepeft.data.prepare import load_template
 from edgepeft.data.tokens import Tokenizer
 from edgepeft.engine.methods.peft_files import WEIGHTS_FILE, save_adapter
+from edgepeft.engine.training.checkpoints import RunPosition
 from edgepeft.engine.training.device import device_name, package_versions
 from edgepeft.errors import EdgepeftError
 from edgepeft.library.card import Card, TemplateRecord
-from edgepeft.library.store import list_adapters, next_version, publish, write_card
+from edgepeft.library.store import list_adapters, next_version, publish, read_card, write_card
 from edgepeft.memory.calibration import observe, observed
 from edgepeft.models.store import ModelEntry
+from edgepeft.plan.train_plan import TrainPlan
 from edgepeft.runs.events import Finished, Warned
 from edgepeft.runs.layout import RunFolder
 from edgepeft.spec import DataRef
@@ -63,6 +65,28 @@ def finish_run(training: Training, *, stopped: bool) -> Finished:
         eval_loss=position.last_eval_loss,
         published=published,
         **energy,
+    )
+
+
+def stopped_before_training(run: RunFolder, plan: TrainPlan, position: RunPosition) -> Finished:
+    """The end of a process that was asked to stop while it loaded: what was saved before it stays as it is.
+
+    Args:
+        run: of the process.
+        plan: of the run.
+        position: of the newest checkpoint.
+    """
+    # An adapter that an earlier stop left behind may be of fewer steps than the newest checkpoint.
+    card = read_card(run.adapter) if run.adapter.is_dir() else None
+    return Finished(
+        step=position.step,
+        adapter=run.adapter.name if card is not None and card.steps == position.step else "",
+        stopped=True,
+        train_seconds=position.train_seconds,
+        tokens_per_second=position.train_tokens / position.train_seconds if position.train_seconds else 0.0,
+        predicted_peak_bytes=plan.memory.peak_bytes,
+        measured_peak_bytes=position.measured.peak_bytes,
+        eval_loss=position.last_eval_loss,
     )
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 from edgepeft.runs.control import read_request, take_request
+from edgepeft.runs.events import Event
 
 _SIGNALS = ("SIGTERM", "SIGINT", "SIGHUP", "SIGBREAK")
 
@@ -46,6 +47,15 @@ class StopRequests:
                     pass
         if self._signalled:
             raise StopRun
+
+    def obeyed_by(self, emit: Callable[[Event], None]) -> Callable[[Event], None]:
+        """An `emit` that looks for a request after each event: loading obeys wherever it says how far it is."""
+
+        def emit_and_poll(event: Event) -> None:
+            emit(event)
+            self.poll()
+
+        return emit_and_poll
 
     @contextmanager
     def catch_signals(self) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""`python -m edgepeft.engine.workers.train RUN_FOLDER [--smaller killed|device]`: executes the run's plan.
+"""`python -m edgepeft.engine.workers.train RUN_FOLDER [--smaller killed|device] [--old-data]`: executes the run's plan.
 
 What happens is told in the run's events.jsonl.
 """
@@ -28,6 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--smaller", choices=("killed", "device"), help="begin with a smaller layout: how the worker before this ended"
     )
+    parser.add_argument(
+        "--old-data", action="store_true", help="go on with cached tokens of data files that changed or are gone"
+    )
     given = parser.parse_args(arguments)
     run = RunFolder(given.run.absolute())
     try:
@@ -35,14 +38,14 @@ def main(arguments: list[str] | None = None) -> int:
             raise BadInput("this folder holds no run", where=str(run.path), hint="A run folder has a plan.json")
         # The lock comes before the slow imports: the launcher waits for it.
         with RunLock(run), EventWriter(run.events_file) as events:
-            return _train(run, events, given.smaller)
+            return _train(run, events, given.smaller, old_data=given.old_data)
     except EdgepeftError as error:
         # Nothing can be told in the folder: another worker has it, or the disk refuses.
         sys.stderr.write(f"{error}\n")
         return error.exit_code
 
 
-def _train(run: RunFolder, events: EventWriter, smaller: Cause | None) -> int:
+def _train(run: RunFolder, events: EventWriter, smaller: Cause | None, *, old_data: bool) -> int:
     step = 0
 
     def emit(event: Event) -> None:
@@ -52,7 +55,7 @@ def _train(run: RunFolder, events: EventWriter, smaller: Cause | None) -> int:
         events.write(event)
 
     try:
-        _execute(run, emit, smaller)
+        _execute(run, emit, smaller, old_data=old_data)
         return ExitCode.DONE
     except Exception as error:  # noqa: BLE001 - the last line of defence: whatever it is, the run's events must say it
         traceback.print_exc()
@@ -64,7 +67,7 @@ def _train(run: RunFolder, events: EventWriter, smaller: Cause | None) -> int:
         return code
 
 
-def _execute(run: RunFolder, emit: Callable[[Event], None], smaller: Cause | None) -> None:
+def _execute(run: RunFolder, emit: Callable[[Event], None], smaller: Cause | None, *, old_data: bool) -> None:
     # Libraries' remarks about kernels and hubs belong into no run's log.
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
@@ -77,7 +80,7 @@ def _execute(run: RunFolder, emit: Callable[[Event], None], smaller: Cause | Non
 
         # The libraries' own objects are never collected: neither the collector nor the ledger need look at them again.
         gc.freeze()
-        run_training(run, emit, requests, smaller=smaller)
+        run_training(run, emit, requests, smaller=smaller, old_data=old_data)
 
 
 def _explain(error: Exception) -> EdgepeftError | None:
