@@ -70,7 +70,7 @@ class Interrupts:
                 signal.signal(number, handler)
 
 
-def attach(run: RunFolder, plan: TrainPlan, *, as_json: bool = False, since: float = 0.0) -> int:
+def attach(run: RunFolder, plan: TrainPlan, *, as_json: bool = False, told: RunWatch | None = None) -> int:
     """Follows a run until its worker ends or the user detaches, and returns the exit code of its outcome.
 
     A worker that is killed meanwhile, or whose card fails, is started again once, with a smaller layout.
@@ -79,9 +79,9 @@ def attach(run: RunFolder, plan: TrainPlan, *, as_json: bool = False, since: flo
         run: the run.
         plan: its plan, for the number of steps and the predicted peak.
         as_json: write every event as a JSON line to stdout, and nothing else.
-        since: events from before this moment, seconds since 1970, are folded in but not told; JSON has them all.
+        told: a watch that has read the events which need not be told any more; JSON has them all.
     """
-    watch = RunWatch(run, plan.steps)
+    watch = RunWatch(run, plan.steps) if told is None or as_json else told
     with Interrupts().caught() as interrupts:
         if as_json:
             view: _View = _JsonView()
@@ -93,7 +93,7 @@ def attach(run: RunFolder, plan: TrainPlan, *, as_json: bool = False, since: flo
         with view:
             while True:
                 events, state = watch.poll()
-                view.show(events if as_json else [event for event in events if event.time >= since], state)
+                view.show(events, state)
                 if not state.alive:
                     if worked and not stopping and _goes_on(run, state, view):
                         continue
@@ -217,12 +217,16 @@ class _LiveView(_View):
     def __init__(self, plan: TrainPlan) -> None:
         self._predicted_bytes = plan.memory.peak_bytes
         self._state = RunState(status="starting", steps=plan.steps)
-        self._began = time.time()
+        self._began = time.monotonic()
+        self._seconds_before: float | None = None
         self._live = Live(console=stderr, get_renderable=self._render, refresh_per_second=4, transient=True)
         self._live.start()
 
     def show(self, events: list[Event], state: RunState) -> None:
         self._state = state
+        if self._seconds_before is None:
+            # Of a run that is joined: what it trained until now. Clocks jump, sums of durations do not.
+            self._seconds_before = state.train_seconds
         for event in events:
             told = sentence(event)
             if told is not None:
@@ -254,7 +258,9 @@ class _LiveView(_View):
         self._live.stop()
 
     def _render(self) -> Group:
-        return live_lines(self._state, self._predicted_bytes, time.time() - (self._state.started_at or self._began))
+        return live_lines(
+            self._state, self._predicted_bytes, (self._seconds_before or 0.0) + time.monotonic() - self._began
+        )
 
 
 def live_lines(state: RunState, predicted_peak_bytes: int, elapsed_seconds: float) -> Group:

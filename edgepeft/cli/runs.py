@@ -139,9 +139,13 @@ def attach_(run_id: RunId, as_json: JsonFlag = False) -> None:
     """Follow a run; Ctrl-C asks whether to stop it or only to look away."""
     from edgepeft.cli.attach import attach
     from edgepeft.runs.layout import open_run
+    from edgepeft.runs.state import RunWatch
 
     run = open_run(run_id)
-    raise typer.Exit(attach(run, run.read_plan(), as_json=as_json, since=time.time()))
+    plan = run.read_plan()
+    told = RunWatch(run, plan.steps)
+    told.poll()
+    raise typer.Exit(attach(run, plan, as_json=as_json, told=told))
 
 
 @app.command("stop")
@@ -186,10 +190,12 @@ def resume_(
     from edgepeft.cli.attach import attach
     from edgepeft.runs.launch import resume
     from edgepeft.runs.layout import open_run
+    from edgepeft.runs.state import RunWatch
 
     run = open_run(run_id)
     plan = run.read_plan()
-    began = time.time()
+    told = RunWatch(run, plan.steps)
+    told.poll()
     resume(run, force=force)
     if detach:
         if as_json:
@@ -197,7 +203,7 @@ def resume_(
         else:
             note(f"Run {run.id} goes on. Follow it with `edgepeft runs attach {run.id}`.", None)
         return
-    raise typer.Exit(attach(run, plan, as_json=as_json, since=began))
+    raise typer.Exit(attach(run, plan, as_json=as_json, told=told))
 
 
 @app.command("remove")

@@ -147,6 +147,11 @@ class Follower:
         self._identity: tuple[int, int] | None = None
         self._rest = b""
 
+    @property
+    def read_bytes(self) -> int:
+        """How much of the file has been read."""
+        return self._offset
+
     def read(self) -> list[Event]:
         """The events that were completed since the last call; none while the file does not exist.
 

@@ -21,7 +21,7 @@ from edgepeft.processes import start_worker
 from edgepeft.runs.control import FORCE_HINT, clear_request, request
 from edgepeft.runs.layout import RunFolder, create_run
 from edgepeft.runs.lock import is_locked
-from edgepeft.runs.state import START_SECONDS, Launched, RunState, read_launched, read_state
+from edgepeft.runs.state import START_SECONDS, Launched, RunState, events_bytes, read_launched, read_state
 from edgepeft.units import MIB, format_bytes
 
 WORKER = "train"
@@ -247,7 +247,7 @@ def log_tail(run: RunFolder, lines: int = 20) -> list[str]:
 def _start(run: RunFolder, device: str, *options: str, old_data: bool = False) -> subprocess.Popen[bytes]:
     _children[:] = [child for child in _children if child.poll() is None]
     previous = read_launched(run.launched_file)
-    launched = Launched(time=time.time(), old_data=old_data)
+    launched = Launched(time=time.time(), events_bytes=events_bytes(run), old_data=old_data)
     _write_launched(run, launched)
     try:
         with disk_errors(run.log_file), run.log_file.open("ab") as log:
@@ -270,7 +270,7 @@ def _start(run: RunFolder, device: str, *options: str, old_data: bool = False) -
 
 def _await_lock(run: RunFolder, process: subprocess.Popen[bytes]) -> None:
     """Returns once the worker holds the lock, or has spoken; raises what it died of before that."""
-    launched = read_launched(run.launched_file) or Launched(time=time.time(), pid=process.pid)
+    launched = read_launched(run.launched_file) or Launched(time.time(), events_bytes(run), process.pid)
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline:
         code = process.poll()
@@ -279,8 +279,7 @@ def _await_lock(run: RunFolder, process: subprocess.Popen[bytes]) -> None:
             return
         if code is not None:
             _write_launched(run, msgspec.structs.replace(launched, took_lock=True))
-            spoke = read_state(run).updated_at
-            if spoke is not None and spoke >= launched.time:
+            if events_bytes(run) > (launched.events_bytes or 0):
                 return
             said = log_tail(run, 1)
             raise error_for_code(

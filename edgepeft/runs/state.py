@@ -39,6 +39,8 @@ class Launched(msgspec.Struct, frozen=True):
 
     time: float
     """Seconds since 1970."""
+    events_bytes: int | None = None
+    """Size of events.jsonl at that moment: once it has grown, the worker has spoken, whatever the clock says."""
     pid: int | None = None
     """The worker's process, to end one that hangs; never a sign of life."""
     took_lock: bool = False
@@ -62,6 +64,8 @@ class RunState(msgspec.Struct, frozen=True):
     """Of the latest evaluation."""
     tokens_per_second: float | None = None
     eta_seconds: float | None = None
+    train_seconds: float = 0.0
+    """Spent in the steps that count; a sum of durations, not a difference of clocks."""
     live_bytes: int | None = None
     peak_bytes: int | None = None
     """Highest measured, over all workers of the run."""
@@ -126,6 +130,7 @@ class RunFold:
                     "started_at": event.time,
                     "step": event.step,
                     "steps": event.steps,
+                    "train_seconds": sum(done.seconds for done in self.history),
                     "loss": self.history[-1].loss if self.history else None,
                     "eval_loss": self.evaluations[-1].loss if self.evaluations else None,
                     "eta_seconds": None,
@@ -148,6 +153,7 @@ class RunFold:
                     "step": event.step,
                     "loss": event.loss,
                     "tokens_per_second": event.tokens_per_second,
+                    "train_seconds": state.train_seconds + event.seconds,
                     "eta_seconds": event.eta_seconds,
                     "live_bytes": event.live_bytes,
                     "peak_bytes": _larger(state.peak_bytes, event.peak_bytes),
@@ -198,10 +204,20 @@ class RunFold:
         *,
         launched: Launched | None = None,
         now: float | None = None,
+        events_bytes: int | None = None,
         skipped_lines: int = 0,
     ) -> RunState:
-        """The state, given what was seen of the lock *before* the last events were read."""
-        status, message, exit_code = self._status(lock_held, launched, time.time() if now is None else now)
+        """The state, given what was seen of the lock *before* the last events were read.
+
+        Args:
+            lock_held: whether a worker lives.
+            launched: the latest start.
+            now: seconds since 1970.
+            events_bytes: of the event file, as far as its events were added.
+            skipped_lines: that could not be read.
+        """
+        silent = launched is not None and self._is_silent(launched, events_bytes)
+        status, message, exit_code = self._status(lock_held, launched, silent, time.time() if now is None else now)
         return msgspec.structs.replace(
             self._state,
             status=status,
@@ -210,13 +226,20 @@ class RunFold:
             skipped_lines=skipped_lines,
         )
 
-    def _status(self, lock_held: bool, launched: Launched | None, now: float) -> tuple[Status, str, int | None]:
-        silent = launched is not None and (self._state.updated_at or 0.0) < launched.time
+    def _is_silent(self, launched: Launched, events_bytes: int | None) -> bool:
+        """Whether the latest worker has not said anything yet."""
+        if launched.events_bytes is None or events_bytes is None:
+            return (self._state.updated_at or 0.0) < launched.time
+        return events_bytes <= launched.events_bytes
+
+    def _status(
+        self, lock_held: bool, launched: Launched | None, silent: bool, now: float
+    ) -> tuple[Status, str, int | None]:
         if lock_held and (silent or self._state.updated_at is None):
             return "starting", "", None
         if lock_held and self.ending is None:
             return "running", "", None
-        if launched is not None and silent and not launched.took_lock and now - launched.time < START_SECONDS:
+        if launched is not None and silent and not launched.took_lock and abs(now - launched.time) < START_SECONDS:
             return "starting", "", None
         if isinstance(self.ending, Finished):
             return ("stopped" if self.ending.stopped else "finished"), "", None
@@ -279,7 +302,9 @@ class RunWatch:
             self.folded = RunFold(self._steps)
         for event in events:
             self.folded.add(event)
-        return events, self.folded.state(lock_held, launched=launched, skipped_lines=self._follower.skipped)
+        return events, self.folded.state(
+            lock_held, launched=launched, events_bytes=self._follower.read_bytes, skipped_lines=self._follower.skipped
+        )
 
 
 class HighestMemory(msgspec.Struct, frozen=True):
@@ -317,6 +342,14 @@ def look(run: RunFolder) -> tuple[Launched | None, bool]:
     """
     launched = read_launched(run.launched_file)
     return launched, is_locked(run)
+
+
+def events_bytes(run: RunFolder) -> int:
+    """Size of the event file; 0 where there is none."""
+    try:
+        return run.events_file.stat().st_size
+    except OSError:
+        return 0
 
 
 def read_launched(path: Path) -> Launched | None:
@@ -393,8 +426,12 @@ def summarise_run(run: RunFolder, tail_bytes: int = 1 << 14) -> RunSummary:
 
 def _state_of_tail(run: RunFolder, steps: int, tail_bytes: int) -> RunState:
     launched, lock_held = look(run)
-    events, _ = read_last_events(run.events_file, tail_bytes)
-    return fold(events, lock_held, launched=launched, steps=steps)
+    # Before they are read: what is counted has been seen.
+    size = events_bytes(run)
+    folded = RunFold(steps)
+    for event in read_last_events(run.events_file, tail_bytes)[0]:
+        folded.add(event)
+    return folded.state(lock_held, launched=launched, events_bytes=size)
 
 
 def _damaged(run: RunFolder, made_at: float | None, why: str) -> RunSummary:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import re
 import time
 from pathlib import Path
 
 import msgspec
 import pytest
+from rich.text import Text
+from typer.testing import CliRunner
 
+from edgepeft.cli import attach as attaching
+from edgepeft.cli.app import app
 from edgepeft.runs import state as state_module
 from edgepeft.runs.events import CheckpointSaved, Evaluated, Event, Failed, Finished, PhaseChanged, Started
-from edgepeft.runs.events_file import encode_event
+from edgepeft.runs.events_file import EventWriter, encode_event
 from edgepeft.runs.layout import RunFolder, create_run
 from edgepeft.runs.lock import RunLock
-from edgepeft.runs.state import Launched, RunFold, RunWatch, fold, read_state, summarise_run, summarise_runs
+from edgepeft.runs.state import Launched, RunFold, RunState, RunWatch, fold, read_state, summarise_run, summarise_runs
 from toy_run import toy_plan, toy_step
 
 
@@ -185,3 +190,53 @@ def test_listing_500_long_runs_is_fast(edgepeft_home: Path) -> None:
     assert len(summarise_runs()) == 500
     # 0.2 s on two busy cores; reading everything would take several times as long.
     assert time.perf_counter() - began < 2.0
+
+
+def test_a_clock_that_goes_back_tells_nothing_absurd(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = create_run(toy_plan(), "jumped")
+    clock = 1_000_000.0
+    monkeypatch.setattr(time, "time", lambda: clock)
+    with EventWriter(run.events_file) as events:
+        events.write(STARTED)
+        events.write(toy_step(1, seconds=4.0))
+        events.write(Failed(message="m", exit_code=1))
+        launched = Launched(time=time.time(), events_bytes=run.events_file.stat().st_size)
+        run.launched_file.write_bytes(msgspec.json.encode(launched))
+        with RunLock(run):
+            assert read_state(run).status == summarise_run(run).state.status == "starting"
+            # The clock is set back by a day, and the new worker speaks.
+            clock -= 86_400.0
+            events.write(Started(step=1, steps=9, device="cpu", versions={}))
+            events.write(toy_step(2, seconds=5.0))
+            state = read_state(run)
+            assert state.status == summarise_run(run).state.status == "running"
+            assert state.train_seconds == 9.0
+            assert state.eta_seconds == 12.0
+            told = CliRunner().invoke(app, ["runs", "list"]).output
+            told += CliRunner().invoke(app, ["runs", "show", run.id]).output
+            assert "running" in told
+            assert not re.search(r"(?<![\w/])-\d", told)
+            # What a launcher wrote before the jump lies in the future: that keeps no run starting for a day.
+        assert read_state(run).status == "lost"
+        events.write(toy_step(3))
+    run.events_file.unlink()
+    launched = Launched(time=clock + 86_400.0, events_bytes=0)
+    run.launched_file.write_bytes(msgspec.json.encode(launched))
+    assert read_state(run).status == "lost"
+
+
+def test_the_live_line_counts_by_durations(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = toy_plan()
+    view = attaching._LiveView(plan)
+    shown: list[float] = []
+    monkeypatch.setattr(attaching, "live_lines", lambda state, predicted, seconds: shown.append(seconds) or Text(""))
+    try:
+        view.show([], RunState("running", steps=9, started_at=5e9, train_seconds=30.0))
+        monkeypatch.setattr(time, "time", lambda: 0.0)
+        view._render()
+        view.show([], RunState("running", steps=9, started_at=5e9, train_seconds=90.0))
+        view._render()
+    finally:
+        view.close()
+    assert shown
+    assert all(30.0 <= seconds < 60.0 for seconds in shown)
