@@ -17,11 +17,17 @@ GLIBC_TUNABLES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
 """No lists of freed small blocks beside the heap."""
 
 
-def worker_environment(device: str = "cpu") -> dict[str, str]:
+CUBLAS_WORKSPACE = ":4096:8"
+"""Eight workspaces of 4 MiB: with a fixed set of them cuBLAS gives the same bits each time (its manual, section
+*Results reproducibility*)."""
+
+
+def worker_environment(device: str = "cpu", *, deterministic: bool = False) -> dict[str, str]:
     """The environment of an engine process: offline, quiet, one card, an allocator that does not fragment.
 
     Args:
         device: `cpu`, or the UUID of the one card that the process may see.
+        deterministic: whether the card's libraries have to give the same bits each time.
     """
     environment = dict(os.environ)
     environment.update(
@@ -49,6 +55,8 @@ def worker_environment(device: str = "cpu") -> dict[str, str]:
     # for hours. A layer and its backward have some 25 shapes, and 5 for each length of a sample in the micro-batch; all
     # layers have the same. So this many are found again as often as with no limit.
     environment.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(ONEDNN_PRIMITIVES))
+    if deterministic and device != "cpu":
+        environment["CUBLAS_WORKSPACE_CONFIG"] = CUBLAS_WORKSPACE
     environment["CUDA_VISIBLE_DEVICES"] = "" if device == "cpu" else device
     if os.name != "nt":
         environment.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
@@ -65,6 +73,7 @@ def start_worker(
     arguments: Sequence[str],
     *,
     device: str = "cpu",
+    deterministic: bool = False,
     detached: bool = False,
     stdin: int | IO[Any] | None = subprocess.DEVNULL,
     stdout: int | IO[Any] | None = None,
@@ -89,7 +98,7 @@ def start_worker(
         stdout=stdout,
         stderr=stderr,
         cwd=cwd,
-        env=worker_environment(device),
+        env=worker_environment(device, deterministic=deterministic),
         close_fds=True,
         **options,
     )

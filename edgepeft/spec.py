@@ -135,6 +135,8 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """`layer` keeps each decoder layer's input and recomputes the rest in backward."""
     loss_chunk_tokens: int = 256
     """Rows of hidden states whose logits exist at one time."""
+    deterministic: bool = False
+    """On a card, only kernels that give the same bits each time, some of them slower; the CPU's do anyway."""
 
 
 class Upkeep(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

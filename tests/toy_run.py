@@ -92,6 +92,7 @@ def start_toy_worker(
     assert name == "train"
     assert device == "cpu"
     options.pop("detached")
+    assert not options.pop("deterministic")
     return subprocess.Popen(
         [sys.executable, str(Path(__file__).absolute()), *arguments],
         stdin=subprocess.DEVNULL,

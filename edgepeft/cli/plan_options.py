@@ -97,6 +97,10 @@ class PlanOptions(msgspec.Struct, frozen=True):
         int | None,
         typer.Option("--loss-chunk-tokens", help="Tokens whose logits exist at one time.", show_default=False),
     ] = None
+    deterministic: Annotated[
+        bool | None,
+        typer.Option("--deterministic", help="On a card, the same bits each time; slower.", show_default=False),
+    ] = None
     seed: Annotated[int | None, typer.Option("--seed", help="Seed of order and start.", show_default=False)] = None
     eval_data: Annotated[
         str | None,

@@ -35,6 +35,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "learning_rate": (0, 1, "Usual are 1e-5 to 2e-3"),
     "alpha": (0, 1e6, "Twice the rank is usual"),
 }
+_SWITCHES = ("deterministic",)
 _SHARES = ("dropout", "warmup", "eval_fraction")
 
 
@@ -56,6 +57,8 @@ def check_pins(overrides: dict[str, Any]) -> Pins:
             pins[name] = _number(where, value, low, high, hint, above=True)
         elif name in _SHARES:
             pins[name] = _share(where, value)
+        elif name in _SWITCHES:
+            pins[name] = _switch(where, value)
         elif name == "weight_decay":
             pins[name] = _number(where, value, 0, 1, "Usual are 0 to 0.1", above=False)
         elif name == "targets":
@@ -91,6 +94,12 @@ def _share(where: str, value: Any) -> float:
     if not 0 <= number < 1:
         raise UsageError(f"{value!r} is not a share", where=where, hint="Give a number from 0 to below 1")
     return number
+
+
+def _switch(where: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise UsageError(f"{value!r} is neither on nor off", where=where, hint="Give it without a value, or leave it")
+    return value
 
 
 def _targets(where: str, value: Any) -> tuple[str, ...]:

@@ -66,6 +66,7 @@ def shown_values(spec: RunSpec) -> dict[str, str]:
         "micro-batch-tokens": f"{layout.micro_batch_tokens:,}",
         "checkpointing": layout.checkpointing,
         "loss-chunk-tokens": str(layout.loss_chunk_tokens),
+        "deterministic": "yes" if layout.deterministic else "no",
         "samples-per-step": str(recipe.samples_per_step),
         "epochs": f"{recipe.epochs:g}",
         "max-steps": "none" if recipe.max_steps is None else str(recipe.max_steps),
@@ -129,6 +130,8 @@ def describe(
     add("micro-batch-tokens", _micro_batch_why(search, chosen))
     add("checkpointing", _checkpointing_why(search, chosen))
     add("loss-chunk-tokens", _chunk_why(search, chosen))
+    if spec.layout.deterministic:
+        add("deterministic", "")
     add("samples-per-step", *_samples_why(search, recipe))
     add("epochs", *_epochs_why(search, recipe))
     if recipe.max_steps is not None:

@@ -146,7 +146,12 @@ class Space:
             seed=pins.get("seed", 0),
             parent=request.parent.ref if request.parent is not None else None,
         )
-        layout = Layout(candidate.micro_batch_tokens, candidate.checkpointing, candidate.loss_chunk_tokens)
+        layout = Layout(
+            candidate.micro_batch_tokens,
+            candidate.checkpointing,
+            candidate.loss_chunk_tokens,
+            deterministic=pins.get("deterministic", False),
+        )
         return RunSpec(recipe, layout, device=request.device.id, budget_bytes=request.budget_bytes)
 
     # What does not depend on memory ------------------------------------------------------------------------------

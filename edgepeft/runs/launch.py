@@ -22,6 +22,7 @@ from edgepeft.runs.control import FORCE_HINT, clear_request, request
 from edgepeft.runs.layout import RunFolder, create_run
 from edgepeft.runs.lock import is_locked
 from edgepeft.runs.state import START_SECONDS, Launched, RunState, events_bytes, read_launched, read_state
+from edgepeft.spec import RunSpec
 from edgepeft.units import MIB, format_bytes
 
 WORKER = "train"
@@ -51,7 +52,7 @@ def launch(plan: TrainPlan, name: str) -> RunFolder:
     check_free_disk(plan)
     run = create_run(plan, name)
     try:
-        process = _start(run, plan.spec.device)
+        process = _start(run, plan.spec)
     except BaseException:
         shutil.rmtree(run.path, ignore_errors=True)
         raise
@@ -84,7 +85,7 @@ def resume(run: RunFolder, *, force: bool = False) -> None:
     clear_request(run)
     with disk_errors(run.rescued_file):
         run.rescued_file.unlink(missing_ok=True)
-    _await_lock(run, _start(run, plan.spec.device, old_data=force))
+    _await_lock(run, _start(run, plan.spec, old_data=force))
 
 
 def restart_smaller(run: RunFolder, ending: str) -> None:
@@ -99,7 +100,7 @@ def restart_smaller(run: RunFolder, ending: str) -> None:
     """
     before = read_launched(run.launched_file)
     old_data = before is not None and before.old_data
-    _await_lock(run, _start(run, run.read_plan().spec.device, "--smaller", ending, old_data=old_data))
+    _await_lock(run, _start(run, run.read_plan().spec, "--smaller", ending, old_data=old_data))
 
 
 def exit_code_of(run: RunFolder) -> int | None:
@@ -244,7 +245,7 @@ def log_tail(run: RunFolder, lines: int = 20) -> list[str]:
     return [line.rstrip() for line in text.splitlines() if line.strip()][-lines:]
 
 
-def _start(run: RunFolder, device: str, *options: str, old_data: bool = False) -> subprocess.Popen[bytes]:
+def _start(run: RunFolder, spec: RunSpec, *options: str, old_data: bool = False) -> subprocess.Popen[bytes]:
     _children[:] = [child for child in _children if child.poll() is None]
     previous = read_launched(run.launched_file)
     launched = Launched(time=time.time(), events_bytes=events_bytes(run), old_data=old_data)
@@ -254,7 +255,8 @@ def _start(run: RunFolder, device: str, *options: str, old_data: bool = False) -
             process = start_worker(
                 WORKER,
                 [str(run.path), *options, *(["--old-data"] if old_data else [])],
-                device=device,
+                device=spec.device,
+                deterministic=spec.layout.deterministic,
                 detached=True,
                 stdout=log,
                 stderr=subprocess.STDOUT,

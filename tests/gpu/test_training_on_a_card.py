@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
 from edgepeft.engine.model.frozen import freeze
 from edgepeft.engine.training.attention import packed, packed_attention
+from edgepeft.paths import home
+from edgepeft.processes import start_worker
+from edgepeft.runs.events import StepDone
+from edgepeft.runs.events_file import read_events
+from edgepeft.runs.layout import create_run, list_runs
 from edgepeft.spec import Precision
 
 pytestmark = [
@@ -41,6 +49,47 @@ def test_packed_attention_on_the_card_equals_the_cpu() -> None:
     with packed(lengths):
         found, _ = packed_attention(module, *(part.cuda().bfloat16() for part in (query, key, value)))
     torch.testing.assert_close(found.float().cpu(), expected, rtol=3e-2, atol=3e-2)
+
+
+def test_a_deterministic_run_gives_the_same_bits_and_resumes_to_them(alpaca_file: Path) -> None:
+    def train(name: str) -> Path:
+        arguments = ["train", "smollm2-135m", str(alpaca_file), "--name", name, "--gpu", "0", "--max-steps", "6"]
+        command = [sys.executable, "-m", "edgepeft", *arguments, "--deterministic", "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return home().adapters / name / "v1" / "adapter_model.safetensors"
+
+    digests = [hashlib.sha256(train(name).read_bytes()).hexdigest() for name in ("one", "two")]
+    print(f"two runs: {digests[0][:16]} and {digests[1][:16]}")
+    assert digests[0] == digests[1]
+    # Resumed from its checkpoint of an earlier step, it comes to the same values once more.
+    (run,) = (run for run in list_runs() if run.id == "two-1")
+    plan = run.read_plan()
+    upkeep = msgspec.structs.replace(plan.spec.upkeep, checkpoint_steps=2)
+    resumed = create_run(msgspec.structs.replace(plan, spec=msgspec.structs.replace(plan.spec, upkeep=upkeep)), "three")
+    worker = start_worker("train", [str(resumed.path)], device=plan.spec.device, deterministic=True)
+    while not any(isinstance(event, StepDone) and event.step >= 3 for event in read_events(resumed.events_file)):
+        assert worker.poll() is None
+        time.sleep(0.005)
+    worker.kill()
+    worker.wait()
+    worker = start_worker("train", [str(resumed.path)], device=plan.spec.device, deterministic=True)
+    assert worker.wait(300) == 0
+    weights = resumed.adapter / "adapter_model.safetensors"
+    assert hashlib.sha256(weights.read_bytes()).hexdigest() == digests[0]
+
+
+def test_the_energy_of_a_run_is_counted(alpaca_file: Path) -> None:
+    arguments = ["train", "smollm2-135m", str(alpaca_file), "--name", "watts", "--gpu", "0", "--max-steps", "20"]
+    done = subprocess.run(
+        [sys.executable, "-m", "edgepeft", *arguments, "--json"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    finished = json.loads(done.stdout.splitlines()[-1])
+    watts = 3600 * finished["energy_wh"] / finished["train_seconds"]
+    print(f"{finished['energy_wh']:.3f} Wh of {finished['energy_of']}, about {watts:.0f} W")
+    assert "card" in finished["energy_of"]
+    assert 1 < watts < 3000
 
 
 def test_a_run_keeps_its_predicted_peak(alpaca_file: Path) -> None:

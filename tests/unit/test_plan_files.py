@@ -109,7 +109,7 @@ def test_an_edit_beyond_the_budget_does_not_fit(plan, tmp_path):
 
 def test_a_plan_over_data_that_changed_is_refused(plan, alpaca_file):
     alpaca_file.write_text(alpaca_file.read_text() * 2)
-    with pytest.raises(BadInput, match=r"alpaca\.jsonl: the file has changed"):
+    with pytest.raises(BadInput, match=r"alpaca\.jsonl: the training file has changed"):
         revise(plan, where="p.toml")
 
 

@@ -19,6 +19,13 @@ print(libc.malloc(40) == small)
 """
 
 
+def test_a_card_is_deterministic_only_when_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    assert worker_environment("GPU-1", deterministic=True)["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert "CUBLAS_WORKSPACE_CONFIG" not in worker_environment("GPU-1")
+    assert "CUBLAS_WORKSPACE_CONFIG" not in worker_environment("cpu", deterministic=True)
+
+
 def test_what_the_user_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GLIBC_TUNABLES", "glibc.malloc.arena_max=1")
     monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")

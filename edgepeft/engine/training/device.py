@@ -34,6 +34,20 @@ def training_device(planned: str, offered: torch.device) -> torch.device:
     return offered
 
 
+def be_deterministic(device: torch.device) -> None:
+    """Lets a card use only kernels that give the same bits each time; an operation that has none then raises.
+
+    `warn_only` would not do: the memory-efficient attention then keeps its faster backward, which adds in any order.
+    The CPU is left as it is: its products give the same bits for the same number of threads.
+    """
+    if device.type != "cuda":
+        return
+    torch.use_deterministic_algorithms(True, warn_only=False)
+    # Filling memory that is written afterwards anyway would only take time.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.backends.cudnn.benchmark = False
+
+
 def device_name(device: torch.device) -> str:
     """The card's name, or the processor's."""
     if device.type == "cuda":

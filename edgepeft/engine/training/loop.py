@@ -20,7 +20,13 @@ from edgepeft.engine.model.load import LoadedModel
 from edgepeft.engine.training.account import MemoryAccount
 from edgepeft.engine.training.batches import Sample
 from edgepeft.engine.training.checkpoints import Checkpoint, RunPosition, read_newest_checkpoint, write_checkpoint
-from edgepeft.engine.training.device import device_name, package_versions, training_device, use_physical_cores
+from edgepeft.engine.training.device import (
+    be_deterministic,
+    device_name,
+    package_versions,
+    training_device,
+    use_physical_cores,
+)
 from edgepeft.engine.training.energy import EnergyAccount
 from edgepeft.engine.training.evaluation import Evaluations
 from edgepeft.engine.training.limit import limit_memory
@@ -102,6 +108,8 @@ def run_training(
     )
     device = training_device(plan.spec.device, accelerator.device)
     use_physical_cores()
+    if plan.spec.layout.deterministic:
+        be_deterministic(device)
     complaints: list[str] = []
     checkpoint = read_newest_checkpoint(run.checkpoints, recipe, complaints.append)
     done = checkpoint.position.step if checkpoint else 0
