@@ -50,6 +50,7 @@ def launch(plan: TrainPlan, name: str) -> RunFolder:
     check_same_base(name, plan.spec.recipe.base.fingerprint)
     check_fits(plan)
     check_free_disk(plan)
+    check_library_writable()
     run = create_run(plan, name)
     try:
         process = _start(run, plan.spec)
@@ -230,6 +231,22 @@ def check_free_disk(plan: TrainPlan) -> None:
             f"{format_bytes(free)} are free, and the run needs up to {format_bytes(needed)}",
             where=str(folder),
             hint="Free some space, or set EDGEPEFT_HOME to another disk",
+        )
+
+
+def check_library_writable() -> None:
+    """Refuses to train for hours what could not be kept afterwards.
+
+    Raises:
+        DiskProblem: the library's folder may not be written.
+    """
+    folder = home().adapters
+    there = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(there, os.W_OK):
+        raise DiskProblem(
+            "no permission to write here: the adapter could not be kept",
+            where=str(there),
+            hint="Change the permissions, or set EDGEPEFT_HOME to a folder of yours",
         )
 
 

@@ -90,6 +90,30 @@ def test_a_signal_stops_cleanly_and_saves(tmp_path: Path, base: ModelEntry, numb
     assert read_state(run).status == "stopped"
 
 
+@pytest.mark.slow
+def test_hung_up_and_terminated_it_ends_bit_identical(tmp_path: Path, base: ModelEntry) -> None:
+    options = {"max_steps": 300, "epochs": 150.0}
+    whole, parts = tiny_run(tmp_path, base, "whole", **options), tiny_run(tmp_path, base, "parts", **options)
+    assert finish(whole) == 0, whole.log_file.read_text()
+    step = 0
+    for number in (signal.SIGHUP, signal.SIGTERM):
+        process = start(parts)
+        wait_for_step(parts, step + 3, process)
+        process.send_signal(number)
+        assert process.wait(60) == 0, parts.log_file.read_text()
+        finished = of_type(read_events(parts.events_file), Finished)[-1]
+        assert finished.stopped
+        assert step + 3 <= finished.step < 300
+        step = finished.step
+        assert (parts.path / "checkpoints" / f"step-{step}" / "state.json").is_file()
+        assert read_state(parts).status == "stopped"
+    assert finish(parts) == 0, parts.log_file.read_text()
+    assert of_type(read_events(parts.events_file), Started)[-1].step == step
+    assert of_type(read_events(parts.events_file), Finished)[-1].published == "parts@v1"
+    name = "adapter_model.safetensors"
+    assert (parts.adapter / name).read_bytes() == (whole.adapter / name).read_bytes()
+
+
 def test_bad_input_is_told_in_the_events(tmp_path: Path, base: ModelEntry) -> None:
     run = tiny_run(tmp_path, base)
     (Path(base.weights) / "model.safetensors").unlink()
