@@ -20,7 +20,7 @@ def edgepeft_home(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.
     """An empty EDGEPEFT_HOME."""
     folder = tmp_path_factory.mktemp("home")
     monkeypatch.setenv("EDGEPEFT_HOME", str(folder))
-    for name in ("EDGEPEFT_BUDGET", "EDGEPEFT_GPU", "EDGEPEFT_INTENT", "EDGEPEFT_DEBUG"):
+    for name in ("EDGEPEFT_BUDGET", "EDGEPEFT_GPU", "EDGEPEFT_INTENT", "EDGEPEFT_DEBUG", "EDGEPEFT_CO2_GRAMS_PER_KWH"):
         monkeypatch.delenv(name, raising=False)
     return folder
 

@@ -271,7 +271,7 @@ def _start(run: RunFolder, spec: RunSpec, *options: str, old_data: bool = False)
         with disk_errors(run.log_file), run.log_file.open("ab") as log:
             process = start_worker(
                 WORKER,
-                [str(run.path), *options, *(["--old-data"] if old_data else [])],
+                [str(run.path), *(["--old-data"] if old_data else []), *options],
                 device=spec.device,
                 deterministic=spec.layout.deterministic,
                 detached=True,

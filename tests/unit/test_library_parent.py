@@ -161,6 +161,17 @@ def test_a_run_has_its_own_copy_and_only_of_the_planned_values(
         verified_folder(outside.spec.recipe.parent)
 
 
+def test_the_command_line_takes_it(base: ModelEntry, folder: Path, alpaca_file: Path, tmp_path: Path) -> None:
+    arguments = ["plan", base.name, str(alpaca_file), "--from", str(folder), "--gpu", "cpu", "--budget", "1GiB"]
+    done = CliRunner().invoke(app, [*arguments, "--precision", "bf16", "--json"])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["spec"]["recipe"]["parent"]["adapter"] == str(folder)
+    both = ["train", "--plan", str(tmp_path / "p.toml"), "--name", "n", "--from", str(folder)]
+    assert "--plan and --from cannot be given together" in str(CliRunner().invoke(app, both).exception)
+    refused = CliRunner().invoke(app, [*arguments, "--rank", "4"])
+    assert isinstance(refused.exception, UsageError)
+
+
 def test_the_digest_without_a_parent_is_as_it_was(base: ModelEntry, folder: Path, alpaca_file: Path) -> None:
     import hashlib
 
