@@ -37,8 +37,9 @@ def case(family: str, layers: int, workload: Workload, *, dropout: float = 0.0, 
         ),
         case("phi3", 2, Workload(128, 64, 40, **HELD_OUT), dropout=0.1),
         case("mixtral", 2, Workload(96, 64, 96, **HELD_OUT)),
+        case("mixtral", 2, Workload(96, 64, 96, **HELD_OUT), precision="fp32", compute_dtype="fp32"),
     ],
-    ids=lambda tried: tried.family,
+    ids=lambda tried: f"{tried.family} {tried.spec.recipe.compute_dtype}",
 )
 def test_real_phases_take_what_the_dry_run_says(tried: Case) -> None:
     found = rows(tried)
