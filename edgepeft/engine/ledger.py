@@ -174,7 +174,7 @@ class LiveBytes:
             for tensor in self._mapped:
                 self._count(tensor, size_bytes=0)
             for found in gc.get_objects() if self._look_for_others else ():
-                # isinstance() would wake lazy proxies that other libraries keep around. What a dry run left has no bytes.
+                # isinstance() would wake lazy proxies that other libraries keep; what a dry run left is no memory.
                 if issubclass(type(found), Tensor) and not issubclass(type(found), FakeTensor):
                     self._count(found)
                     if found.grad_fn is None and found.grad is not None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 
@@ -11,7 +11,7 @@ from edgepeft.memory.attention import AttentionPlan
 from edgepeft.memory.chunks import CPU_CHUNK, LOSS_SCRATCH_BYTES, NF4_BLOCK
 from edgepeft.memory.experts import ExpertsPlan
 from edgepeft.memory.micro_batch import LossPlan, MicroBatchPlan
-from edgepeft.memory.operations import FLOAT32, LinearPlan, NormStyle
+from edgepeft.memory.operations import FLOAT32, LinearPlan
 from edgepeft.memory.programs import PROGRAMS, LayerPlan, llama
 from edgepeft.memory.target import Target
 from edgepeft.memory.weights import ELEMENT_BYTES
@@ -21,7 +21,6 @@ from edgepeft.spec import ComputeDtype, Precision
 
 INT64 = 8
 _GAIN_IN_FLOAT32 = frozenset({"gemma", "gemma2", "gemma3_text", "olmo2", "olmo3"})
-_FORMS_GAIN = frozenset({"gemma", "gemma2", "gemma3_text"})
 _HEAD_NORMS = frozenset({"qwen3", "qwen3_moe", "gemma3_text"})
 _ROTATES_IN_FLOAT32 = frozenset({"olmo2", "olmo3"})
 _OWN_ANGLES = frozenset({"gemma3_text", "olmo3"})
@@ -55,6 +54,7 @@ class Pass(msgspec.Struct, frozen=True):
 
 
 UpdateOf = Callable[[LinearShape], LinearTerms | None]
+SharedOf = Callable[[Sequence[LinearShape]], LinearTerms | None]
 
 
 def is_exact(shape: ModelShape) -> bool:
@@ -70,7 +70,7 @@ def plan_micro_batch(shape: ModelShape, given: Pass, method: MethodConfig | None
         UsageError: the method's targets or rank do not suit the model.
     """
     if method is None:
-        return plan_with(shape, given, lambda linear: None, None)
+        return plan_with(shape, given, lambda linear: None, lambda linears: None, None)
     module, tokens, c = method_of(method), given.tokens, given.compute_bytes
     targeted = set(module.targeted(method, shape))
     if _known_linears(shape) != shape.linears:
@@ -83,31 +83,42 @@ def plan_micro_batch(shape: ModelShape, given: Pass, method: MethodConfig | None
             return None
         return module.linear_terms(method, linear, tokens, c, training=given.training)
 
-    return plan_with(shape, given, update_of, None if added == LayerTerms() else added)
+    def shared_of(linears: Sequence[LinearShape]) -> LinearTerms | None:
+        if not all(linear in targeted for linear in linears):
+            return None
+        return module.shared_terms(method, linears, tokens, c, training=given.training)
+
+    return plan_with(shape, given, update_of, shared_of, None if added == LayerTerms() else added)
 
 
-def plan_with(shape: ModelShape, given: Pass, update_of: UpdateOf, added: LayerTerms | None) -> MicroBatchPlan:
+def plan_with(
+    shape: ModelShape, given: Pass, update_of: UpdateOf, shared_of: SharedOf, added: LayerTerms | None
+) -> MicroBatchPlan:
     """The same with any updates.
 
     Args:
         shape: the model.
         given: the micro-batch.
         update_of: the update of a linear, if it has one.
+        shared_of: the update that does the work of several linears with the same input, if there is one.
         added: what is put behind each layer.
     """
     tokens, c, kind = given.tokens, given.compute_bytes, shape.model_type
     windows, kind_of_layer = _windows(shape, given.lengths[0])
-    norm: NormStyle = "gain, then cast" if kind in _GAIN_IN_FLOAT32 else "cast, then gain"
-    forms_gain = kind in _FORMS_GAIN
+    forms_gain = kind in _GAIN_IN_FLOAT32
+    known = {linear.name.rsplit(".", 1)[-1]: linear for linear in _known_linears(shape)}
     linears = {
-        linear.name.rsplit(".", 1)[-1]: LinearPlan(
+        name: LinearPlan(
             in_bytes=c * linear.in_features * tokens,
             out_bytes=c * linear.out_features * tokens,
             scratch_bytes=dequantizing_bytes(linear, given),
             update=update_of(linear),
         )
-        for linear in _known_linears(shape)
+        for name, linear in known.items()
     }
+
+    def shared(*names: str) -> LinearTerms | None:
+        return shared_of([known[name] for name in names]) if all(name in known for name in names) else None
 
     def layer(window: int | None) -> LayerPlan:
         return LayerPlan(
@@ -117,9 +128,12 @@ def plan_with(shape: ModelShape, given: Pass, update_of: UpdateOf, added: LayerT
             query_bytes=c * shape.heads * shape.head_dim * tokens,
             key_bytes=c * shape.kv_heads * shape.head_dim * tokens,
             inner_bytes=linears["gate_proj"].out_bytes if "gate_proj" in linears else c * shape.intermediate * tokens,
-            norm=norm,
             gain_bytes=FLOAT32 * shape.hidden if forms_gain else 0,
             head_gain_bytes=FLOAT32 * shape.head_dim if forms_gain else 0,
+            query_gain_bytes=FLOAT32 * shape.heads * shape.head_dim if forms_gain else 0,
+            key_gain_bytes=FLOAT32 * shape.kv_heads * shape.head_dim if forms_gain else 0,
+            shared_attention=shared("q_proj", "k_proj", "v_proj"),
+            shared_mlp=shared("gate_proj", "up_proj"),
             head_norms=kind in _HEAD_NORMS,
             rotary_share=shape.rotary_share,
             rotates_in_float32=kind in _ROTATES_IN_FLOAT32,
@@ -135,7 +149,6 @@ def plan_with(shape: ModelShape, given: Pass, update_of: UpdateOf, added: LayerT
         program=PROGRAMS.get(kind, llama),
         kinds=tuple(layer(window) for window in windows),
         kind_of_layer=kind_of_layer,
-        final_norm=norm,
         gain_bytes=FLOAT32 * shape.hidden if forms_gain else 0,
         scales_embeddings=kind in _SCALES_EMBEDDINGS,
         angle_bytes=_angle_bytes(shape, c) * tokens,
@@ -210,7 +223,6 @@ def _attention_plan(shape: ModelShape, given: Pass, window: int | None) -> Atten
     softcap, target, c = shape.attention_softcap is not None, given.target, given.compute_bytes
     return AttentionPlan(
         kernel=target.attention(shape.head_dim, given.compute_dtype, softcap=softcap, windowed=window is not None),
-        fused=target.kind == "cpu" and window is None and not softcap,
         heads=shape.heads,
         kv_heads=shape.kv_heads,
         query_bytes=c * shape.heads * shape.head_dim,

@@ -17,8 +17,6 @@ class AttentionPlan(msgspec.Struct, frozen=True):
     """One layer's attention, for one micro-batch."""
 
     kernel: Attention
-    fused: bool
-    """Whether the block kernel's forward is the CPU's flash kernel."""
     heads: int
     kv_heads: int
     query_bytes: int
@@ -78,14 +76,7 @@ def _gradients(tape: Tape, plan: AttentionPlan) -> list[Tensor | None]:
 
 def _in_blocks(tape: Tape, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     out = Tensor(tape, plan.tokens * plan.query_bytes)
-    if plan.fused:
-        # The output of a sample before it is copied, its row sums, and those of the sample before.
-        sums = FLOAT32 * plan.heads * plan.lengths[0]
-        tape.touch(plan.lengths[0] * plan.query_bytes + sums)
-        if len(plan.lengths) > 1:
-            tape.touch(plan.lengths[1] * (plan.query_bytes + FLOAT32 * plan.heads) + sums)
-    else:
-        tape.touch(max(_block_forward(plan, *block) for block in _blocks(plan)))
+    tape.touch(max(_block_forward(plan, *block) for block in _blocks(plan)))
     wanted = _wanted(q, k, v)
     if wanted is not None:
 

@@ -10,6 +10,9 @@ LOSS_SCRATCH_BYTES: dict[DeviceKind, int] = {"cpu": 4 * MIB, "cuda": 64 * MIB}
 ATTENTION_ROWS = 256
 """Query rows whose scores exist at one time in the block attention: bounds the workspace, and skips half of a long
 triangle."""
+ELEMENTWISE_CHUNK = 1 << 17
+"""Entries that norms and activations work on at one time on the CPU, in float32: what one pass leaves in the cache, the
+next one finds there."""
 CPU_CHUNK = 1 << 20
 """Entries that are quantized or dequantized at one time on the CPU; a multiple of the NF4 block. It bounds the
 transient memory of quantizing and keeps what is dequantized in the cache until it is copied."""

@@ -45,7 +45,7 @@ def full_finetuning_bytes(
             parameters=entries, tensors=1, forward_bytes=copy * entries, backward_bytes=(copy + FLOAT32) * entries
         )
 
-    step = train(plan_with(shape, given, update_of, None), checkpointed=True, alone=False)
+    step = train(plan_with(shape, given, update_of, lambda linears: None, None), checkpointed=True, alone=False)
     states = 4 * FLOAT32 * shape.parameters
     ledger: Ledger = {"frozen weights": states, **dict(zip(CATEGORIES, step.by_category, strict=True))}
     return sum(on_device(ledger, target).values())

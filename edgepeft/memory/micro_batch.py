@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from edgepeft.memory.operations import FLOAT32, NormStyle, Operations
+from edgepeft.memory.operations import FLOAT32, Operations
 from edgepeft.memory.programs import LayerPlan, Program
 from edgepeft.memory.tape import GRADIENTS, LOSS, RECOMPUTED, Peak, Tape, Tensor
 from edgepeft.methods import LayerTerms, LinearTerms
@@ -42,7 +42,6 @@ class MicroBatchPlan(msgspec.Struct, frozen=True):
     """The kinds of decoder layers."""
     kind_of_layer: tuple[int, ...]
     """For each layer its kind, from the first layer on."""
-    final_norm: NormStyle
     gain_bytes: int
     """See `LayerPlan`."""
     scales_embeddings: bool
@@ -199,7 +198,7 @@ def _forward(plan: MicroBatchPlan, tape: Tape, layers: _Layers, *, checkpointed:
             hidden.node.place = f"backward of layer {number + 1}"
         if number:
             layers.kept[kind] = [now - then for now, then in zip(tape.live, before, strict=True)]
-    return ops.norm(hidden, size, plan.final_norm, gain_bytes=plan.gain_bytes)
+    return ops.norm(hidden, size, gain_bytes=plan.gain_bytes)
 
 
 def _layer_of(program: Program, ops: Operations, plan: LayerPlan) -> Callable[[Tensor], Tensor]:

@@ -1,20 +1,19 @@
 """The operations of decoder layers on a tape: what each allocates, keeps and frees, forward and backward.
 
-Each follows the code that runs: transformers' modules, torch's derivatives, edgepeft's frozen linears.
+Each follows the code that runs: transformers' modules, torch's derivatives, edgepeft's frozen linears, norms and gates.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
 
 import msgspec
 
+from edgepeft.memory.chunks import ELEMENTWISE_CHUNK
 from edgepeft.memory.tape import Node, Tape, Tensor
 from edgepeft.methods import LayerTerms, LinearTerms
 
 FLOAT32 = 4
-NormStyle = Literal["cast, then gain", "gain, then cast"]
-"""Whether the norm's gain is applied in the compute dtype (Llama) or in float32 (Gemma, OLMo 2)."""
 
 
 class LinearPlan(msgspec.Struct, frozen=True):
@@ -38,7 +37,8 @@ class Operations:
         tokens: of the micro-batch.
         compute_bytes: of an entry in the compute dtype.
         angle_bytes: of the sines and cosines of all positions.
-        converts: whether kernels copy what has another dtype before they work on it, as the CPU's do.
+        converts: whether kernels copy what has another dtype before they work on it, and norms go through a
+            micro-batch piece by piece, as on the CPU.
     """
 
     def __init__(self, tape: Tape, tokens: int, compute_bytes: int, angle_bytes: int, *, converts: bool) -> None:
@@ -148,35 +148,57 @@ class Operations:
 
     def linear(self, x: Tensor, plan: LinearPlan) -> Tensor:
         """`x Wᵀ` plus the update: one node (engine.model.linear)."""
-        tape, update = self.tape, plan.update
-        tape.touch(plan.scratch_bytes)
-        y = Tensor(tape, plan.out_bytes)
-        kept = None
-        if update is not None:
-            kept = Tensor(tape, update.kept_bytes)
+        return self.linears(x, [plan], None)[0]
+
+    def linears(self, x: Tensor, plans: Sequence[LinearPlan], shared: LinearTerms | None) -> list[Tensor]:
+        """The products of linears that read the same input, and their updates: one node.
+
+        Args:
+            x: the input.
+            plans: of the linears.
+            shared: of one update that does the work of all; None where each linear has its own.
+        """
+        tape, ys, kept = self.tape, [], []
+        for plan in plans:
+            tape.touch(plan.scratch_bytes)
+            ys.append(Tensor(tape, plan.out_bytes))
+        updates = [plan.update for plan in plans if plan.update is not None] if shared is None else [shared]
+        for update in updates:
+            kept.append(Tensor(tape, update.kept_bytes))
             tape.touch(update.forward_bytes)
-        if tape.nodes is None or (x.node is None and update is None):
-            return y
+        if tape.nodes is None or (x.node is None and not updates):
+            return ys
+        waiting: list[Tensor] = []
 
         def back(node: Node) -> list[Tensor | None]:
-            g = node.take()
+            waiting.append(node.take())
             grad_x = None
             if node.inputs[0] is not None:
-                tape.touch(plan.scratch_bytes)
-                grad_x = Tensor(tape, plan.in_bytes)
-            if update is None:
-                return [grad_x]
-            tape.touch(update.backward_bytes)
-            trained = Tensor(tape, FLOAT32 * update.parameters)
-            del g
-            return [grad_x, trained]
+                tape.touch(plans[0].scratch_bytes)
+                grad_x = Tensor(tape, plans[0].in_bytes)
+                tape.touch(max(plan.scratch_bytes for plan in plans))
+            trained: list[Tensor | None] = []
+            for update in updates:
+                tape.touch(update.backward_bytes)
+                trained.append(Tensor(tape, FLOAT32 * update.parameters))
+            waiting.clear()
+            return [grad_x, *trained]
 
-        if update is None:
-            y.node = tape.record_plain((x.node,), back)
-        elif kept is not None:
-            saved = (x, kept) if update.keeps_input else (kept,)
-            y.node = tape.record((x.node,), back, *saved)
-        return y
+        saved = [x] if any(update.keeps_input for update in updates) else []
+        node = tape.record((x.node,), back, *saved, *kept) if updates else tape.record_plain((x.node,), back)
+        if len(ys) == 1:
+            ys[0].node = node
+            return ys
+
+        def wait(slot: Node) -> list[Tensor | None]:
+            waiting.append(slot.take())
+            return [None]
+
+        # Gradients of all results come together; the one that arrives last lets the node run.
+        ys[0].node = tape.record_plain((node,), lambda slot: [slot.take()])
+        for y in ys[1:]:
+            y.node = tape.record_plain((node,), wait)
+        return ys
 
     def added(self, x: Tensor, terms: LayerTerms) -> Tensor:
         """What a method puts behind a layer, on its residual stream."""
@@ -197,61 +219,43 @@ class Operations:
         node = tape.record((x.node,), back, kept)
         return Tensor(tape, size, node)
 
-    def norm(self, x: Tensor, size: int, style: NormStyle, *, rows: int = 1, gain_bytes: int = 0) -> Tensor:
-        """Root mean square norm in float32.
+    def norm(self, x: Tensor, size: int, *, rows: int = 1, gain_bytes: int = 0) -> Tensor:
+        """Root mean square norm, float32 inside: one node (engine.model.fused).
 
         Args:
             x: in the compute dtype.
             size: bytes of it.
-            style: of its gain.
             rows: vectors of a token that are normalised each by itself; heads, or 1.
-            gain_bytes: of a float32 gain that is formed anew and kept (Gemma's 1 + w).
+            gain_bytes: of a float32 gain that is formed each time (Gemma, OLMo 2); 0 where there is none.
         """
-        wide = size // self.compute_bytes * FLOAT32
-        h = self.cast(x, size, wide)
-        root = self._inverse_root(h, wide, FLOAT32 * self.tokens * rows)
-        scaled = self._scaled(h, root, wide)
-        del h, root
-        if style == "cast, then gain":
-            return self.through(self.cast(scaled, wide, size), size, size, keeps=True)
-        gain = (Tensor(self.tape, gain_bytes),) if gain_bytes else ()
-        scaled = self.through(scaled, wide, wide, *gain, keeps=True)
-        return self.cast(scaled, wide, size)
+        tape, copies = self.tape, 0 if self.compute_bytes == FLOAT32 else 1
+        piece = self._piece_bytes(size)
+        gain = Tensor(tape, gain_bytes)
+        out, root = Tensor(tape, size), Tensor(tape, FLOAT32 * self.tokens * rows)
+        # A piece in float32, where it is not so already, and its squares or what was normalised.
+        tape.touch((copies + 1) * piece)
+        del gain
+        if x.node is not None:
+
+            def back(node: Node) -> list[Tensor | None]:
+                g = node.take()
+                gain = Tensor(tape, gain_bytes)
+                grad = Tensor(tape, size)
+                tape.touch(3 * piece)
+                del g, gain
+                return [grad]
+
+            out.node = tape.record((x.node,), back, x, root)
+        return out
+
+    def _piece_bytes(self, size: int) -> int:
+        """Float32 bytes of what is worked on at one time, of a tensor of so many bytes in the compute dtype."""
+        entries = size // self.compute_bytes
+        if not self.converts:
+            return FLOAT32 * entries
+        tokens = max(1, ELEMENTWISE_CHUNK * self.tokens // max(1, entries))
+        return FLOAT32 * (entries // self.tokens) * min(tokens, self.tokens)
 
     def cast(self, x: Tensor, before: int, after: int) -> Tensor:
         """From one dtype to another, by their bytes; nothing where they are the same."""
         return x if before == after else self.through(x, before, after)
-
-    def _inverse_root(self, h: Tensor, wide: int, size: int) -> Tensor:
-        """rsqrt(mean(h²) + ε) of each row."""
-        tape = self.tape
-        tape.touch(wide)
-        root = Tensor(tape, size)
-        if h.node is not None:
-
-            def back(node: Node) -> list[Tensor | None]:
-                node.take()
-                # The gradient spread over the row, then h, twice it, and that times the gradient.
-                spread = Tensor(tape, wide)
-                tape.touch(3 * wide)
-                del spread
-                return [Tensor(tape, wide)]
-
-            root.node = tape.record((h.node,), back, h, root)
-        return root
-
-    def _scaled(self, h: Tensor, root: Tensor, wide: int) -> Tensor:
-        """h times a factor of its row."""
-        tape, size = self.tape, root.size
-        if h.node is None:
-            return Tensor(tape, wide)
-
-        def back(node: Node) -> list[Tensor | None]:
-            g = node.take()
-            grad = Tensor(tape, wide)
-            tape.touch(wide + size)
-            del g
-            return [grad, Tensor(tape, size)]
-
-        node = tape.record((h.node, root.node), back, h, root)
-        return Tensor(tape, wide, node)

@@ -12,10 +12,10 @@ import msgspec
 
 from edgepeft.memory.attention import AttentionPlan, attend
 from edgepeft.memory.experts import ExpertsPlan, experts
-from edgepeft.memory.operations import LinearPlan, NormStyle, Operations
+from edgepeft.memory.operations import LinearPlan, Operations
 from edgepeft.memory.rotary import partly_rotated, rotated
 from edgepeft.memory.tape import Tensor
-from edgepeft.methods import LayerTerms
+from edgepeft.methods import LayerTerms, LinearTerms
 
 
 class LayerPlan(msgspec.Struct, frozen=True):
@@ -32,11 +32,18 @@ class LayerPlan(msgspec.Struct, frozen=True):
     """Of all keys; values alike."""
     inner_bytes: int
     """Of one branch of the MLP."""
-    norm: NormStyle
     gain_bytes: int
     """Of a gain that a norm forms anew, a float32 for each of the width's entries; 0 where none does."""
+    shared_attention: LinearTerms | None = None
+    """Of the update that does the work of queries', keys' and values' linears; None where each has its own or none."""
+    shared_mlp: LinearTerms | None = None
+    """The same for gate and up."""
     head_gain_bytes: int = 0
     """The same for a norm over one head."""
+    query_gain_bytes: int = 0
+    """The same for a norm over all queries of a token."""
+    key_gain_bytes: int = 0
+    """The same for one over all keys."""
     head_norms: bool = False
     """Whether queries and keys are normalised head by head."""
     rotary_share: float = 1.0
@@ -58,36 +65,36 @@ Program = Callable[[Operations, LayerPlan, Tensor], Tensor]
 
 def llama(ops: Operations, plan: LayerPlan, x: Tensor) -> Tensor:
     """Norms before attention and MLP: Llama, Mistral, Qwen, Gemma, SmolLM, Phi-3, Granite."""
-    hidden = ops.norm(x, plan.hidden_bytes, plan.norm, gain_bytes=plan.gain_bytes)
+    hidden = ops.norm(x, plan.hidden_bytes, gain_bytes=plan.gain_bytes)
     hidden = _attention(ops, plan, hidden)
     hidden = _joined(ops, plan, x, hidden)
     residual = hidden
-    hidden = ops.norm(hidden, plan.hidden_bytes, plan.norm, gain_bytes=plan.gain_bytes)
+    hidden = ops.norm(hidden, plan.hidden_bytes, gain_bytes=plan.gain_bytes)
     hidden = _mlp(ops, plan, hidden)
     return _joined(ops, plan, residual, hidden)
 
 
 def gemma2(ops: Operations, plan: LayerPlan, x: Tensor) -> Tensor:
     """Norms before and after attention and MLP: Gemma 2 and 3."""
-    hidden = ops.norm(x, plan.hidden_bytes, plan.norm, gain_bytes=plan.gain_bytes)
+    hidden = ops.norm(x, plan.hidden_bytes, gain_bytes=plan.gain_bytes)
     hidden = _attention(ops, plan, hidden)
-    hidden = ops.norm(hidden, plan.hidden_bytes, plan.norm, gain_bytes=plan.gain_bytes)
+    hidden = ops.norm(hidden, plan.hidden_bytes, gain_bytes=plan.gain_bytes)
     hidden = ops.add(x, hidden)
     residual = hidden
-    hidden = ops.norm(hidden, plan.hidden_bytes, plan.norm, gain_bytes=plan.gain_bytes)
+    hidden = ops.norm(hidden, plan.hidden_bytes, gain_bytes=plan.gain_bytes)
     hidden = _mlp(ops, plan, hidden)
-    hidden = ops.norm(hidden, plan.hidden_bytes, plan.norm, gain_bytes=plan.gain_bytes)
+    hidden = ops.norm(hidden, plan.hidden_bytes, gain_bytes=plan.gain_bytes)
     return ops.add(residual, hidden)
 
 
 def olmo2(ops: Operations, plan: LayerPlan, x: Tensor) -> Tensor:
     """Norms after attention and MLP, and over all queries and all keys: OLMo 2 and 3."""
     hidden = _attention(ops, plan, x, width_norms=True)
-    hidden = ops.norm(hidden, plan.hidden_bytes, plan.norm)
+    hidden = ops.norm(hidden, plan.hidden_bytes, gain_bytes=plan.gain_bytes)
     hidden = ops.add(x, hidden)
     residual = hidden
     hidden = _mlp(ops, plan, hidden)
-    hidden = ops.norm(hidden, plan.hidden_bytes, plan.norm)
+    hidden = ops.norm(hidden, plan.hidden_bytes, gain_bytes=plan.gain_bytes)
     return ops.add(residual, hidden)
 
 
@@ -100,23 +107,20 @@ def _attention(ops: Operations, plan: LayerPlan, x: Tensor, *, width_norms: bool
     linears, query, key = plan.linears, plan.query_bytes, plan.key_bytes
     if "qkv_proj" in linears:
         return _fused_attention(ops, plan, x)
+    q, k, v = ops.linears(x, [linears[f"{name}_proj"] for name in "qkv"], plan.shared_attention)
     if width_norms:
-        q = ops.norm(ops.linear(x, linears["q_proj"]), query, plan.norm)
-        k = ops.norm(ops.linear(x, linears["k_proj"]), key, plan.norm)
-        v = ops.linear(x, linears["v_proj"])
+        q = ops.norm(q, query, gain_bytes=plan.query_gain_bytes)
+        k = ops.norm(k, key, gain_bytes=plan.key_gain_bytes)
         q, k = ops.view(q, query), ops.view(k, key)
     elif plan.head_norms and not plan.head_gain_bytes:
-        q = ops.norm(ops.linear(x, linears["q_proj"]), query, plan.norm, rows=plan.attention.heads)
-        k = ops.norm(ops.linear(x, linears["k_proj"]), key, plan.norm, rows=plan.attention.kv_heads)
-        v = ops.linear(x, linears["v_proj"])
+        q = ops.norm(q, query, rows=plan.attention.heads)
+        k = ops.norm(k, key, rows=plan.attention.kv_heads)
     else:
-        q = ops.view(ops.linear(x, linears["q_proj"]), query)
-        k = ops.view(ops.linear(x, linears["k_proj"]), key)
-        v = ops.linear(x, linears["v_proj"])
+        q, k = ops.view(q, query), ops.view(k, key)
         if plan.head_norms:
             # After the heads have come in front (Gemma 3).
-            q = ops.norm(q, query, plan.norm, rows=plan.attention.heads, gain_bytes=plan.head_gain_bytes)
-            k = ops.norm(k, key, plan.norm, rows=plan.attention.kv_heads, gain_bytes=plan.head_gain_bytes)
+            q = ops.norm(q, query, rows=plan.attention.heads, gain_bytes=plan.head_gain_bytes)
+            k = ops.norm(k, key, rows=plan.attention.kv_heads, gain_bytes=plan.head_gain_bytes)
     q, k = rotated(ops, q, k, (query, key), in_float32=plan.rotates_in_float32)
     if plan.scales_queries:
         q = ops.through(q, query, query, keeps=True)
@@ -153,16 +157,10 @@ def _mlp(ops: Operations, plan: LayerPlan, x: Tensor) -> Tensor:
 
 def _gated(ops: Operations, plan: LayerPlan, x: Tensor) -> Tensor:
     linears, inner = plan.linears, plan.inner_bytes
-    return ops.linear(
-        ops.product(
-            _activated(ops, ops.linear(x, linears["gate_proj"]), inner), ops.linear(x, linears["up_proj"]), inner
-        ),
-        linears["down_proj"],
-    )
-
-
-def _activated(ops: Operations, gate: Tensor, size: int) -> Tensor:
-    return ops.through(gate, size, size, gate)
+    gate, up = ops.linears(x, [linears["gate_proj"], linears["up_proj"]], plan.shared_mlp)
+    product = ops.product(gate, up, inner)
+    del gate, up
+    return ops.linear(product, linears["down_proj"])
 
 
 PROGRAMS: Mapping[str, Program] = {

@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from edgepeft.methods import lora
@@ -47,6 +48,15 @@ class Method(Protocol):
             tokens: of the micro-batch.
             compute_bytes: of an entry in the compute dtype.
             training: whether there is dropout.
+        """
+        ...
+
+    def shared_terms(
+        self, config: Any, linears: Sequence[LinearShape], tokens: int, compute_bytes: int, *, training: bool
+    ) -> LinearTerms | None:
+        """What it adds to several targeted linears that read the same input and are updated together.
+
+        None where each is updated by itself; then `linear_terms` holds for each.
         """
         ...
 

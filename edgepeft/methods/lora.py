@@ -8,6 +8,7 @@ rank-stabilised scaling (Kalajdzievski 2023, arXiv 2312.03732). B starts at zero
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import msgspec
 
@@ -104,6 +105,31 @@ def linear_terms(
     # Backward: g B; the mask and the update's part of the input's gradient; the masked input and the fresh gradients.
     backward = inner + max(low * b, 2 * mask + max(low * a, high * b, FLOAT32 * b + high * a))
     return LinearTerms(parameters=a + b, tensors=2, kept_bytes=inner, forward_bytes=forward, backward_bytes=backward)
+
+
+def shared_terms(
+    config: LoraConfig, linears: Sequence[LinearShape], tokens: int, compute_bytes: int, *, training: bool
+) -> LinearTerms | None:
+    """All A are put above each other, and so are all fresh dA, while they are multiplied; not with dropout."""
+    if training and config.dropout:
+        return None
+    rank, c = config.rank, compute_bytes
+    a, b = (rank * sum(sizes) for sizes in zip(*((x.in_features, x.out_features) for x in linears), strict=True))
+    widest, last = rank * max(linear.out_features for linear in linears), rank * linears[-1].out_features
+    inner = c * tokens * rank * len(linears)
+    low = 0 if c == FLOAT32 else c
+    # Forward: all A in the compute dtype and stacked, before x Aᵀ is there; then each B.
+    forward = max((low + c) * a - inner, c * a, low * widest)
+    # Backward: g B of one linear beside the place for all; A again; every dA and dB, and the last dB as it was formed.
+    fresh = (c + FLOAT32) * a + FLOAT32 * b + low * last
+    backward = inner + max(low * widest + c * tokens * rank, (low + c) * a, fresh)
+    return LinearTerms(
+        parameters=a + b,
+        tensors=2 * len(linears),
+        kept_bytes=inner,
+        forward_bytes=forward,
+        backward_bytes=backward,
+    )
 
 
 def layer_terms(

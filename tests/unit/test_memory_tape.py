@@ -149,16 +149,34 @@ def test_trained_gradients_can_be_renamed():
     assert live(tape) == 0
 
 
-@pytest.mark.parametrize("style", ["cast, then gain", "gain, then cast"])
-def test_a_norm_keeps_its_input_in_float32_and_a_root_for_each_row(style):
+@pytest.mark.parametrize("gain_bytes", [0, 40])
+def test_a_norm_keeps_its_input_and_a_root_for_each_row(gain_bytes):
     tape = Tape()
     tape.nodes = []
     ops = operations(tape, compute_bytes=2)
     x = trained_input(tape, 20)
-    out = ops.norm(x, 20, style)
+    out = ops.norm(x, 20, gain_bytes=gain_bytes)
     del x
-    assert live(tape) == out.size + 40 + 4
+    assert live(tape) == out.size + 20 + 4
     tape.nodes.clear()
+
+
+def test_linears_with_one_input_keep_it_once_and_go_back_together():
+    tape = Tape()
+    tape.nodes = []
+    ops = operations(tape, compute_bytes=2)
+    x = trained_input(tape, 8)
+    one, other = ops.linears(x, [linear_plan(), linear_plan(out_bytes=6)], None)
+    del x
+    assert live(tape) == one.size + other.size + 8 + 3 + 3
+    seen = []
+    for y in (one, other):
+        assert y.node is not None
+        y.node.gradient = Tensor(tape, y.size)
+    del one, other, y
+    tape.backward(lambda gradient: seen.append(gradient.size))
+    assert seen == [12, 12]
+    assert live(tape) == 0
 
 
 def test_a_tape_leaves_no_cycles_behind():

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from edgepeft.engine.methods.dropout import PackedSamples, current_samples
+from edgepeft.engine.model.linear import Use
 from edgepeft.methods.lora import LoraConfig
 
 
@@ -82,7 +84,59 @@ class LoraUpdate:
         grad_B = (g.t() @ inner).to(self.B.dtype).mul_(factor)
         return (g_inner.t() @ seen).to(self.A.dtype), grad_B
 
+    def together(self, uses: Sequence[Use]) -> _SharedLora | None:
+        """Products with all A at once, where nothing is dropped from their input."""
+        updates = [use.update for use in uses if isinstance(use.update, LoraUpdate)]
+        if current_samples() is not None and any(update.dropout for update in updates):
+            return None
+        return _SharedLora(updates, [use.scale for use in uses])
+
     def _mask(self, samples: PackedSamples, like: Tensor, width: int | None = None) -> Tensor:
         if samples.tokens != like.shape[0]:
             raise ValueError(f"the dropout context names {samples.tokens} tokens, the layer has {like.shape[0]}")
         return samples.mask(self.module, width or like.shape[1], self.dropout, device=like.device, dtype=like.dtype)
+
+
+class _SharedLora:
+    """LoRA on several linears that read the same x: one product with all A above each other, one for all dA.
+
+    A product as narrow as one rank uses little of a processor; all of them together cost hardly more.
+    """
+
+    def __init__(self, updates: Sequence[LoraUpdate], scales: Sequence[float]) -> None:
+        self._updates = updates
+        self._factors = [update.factor * scale for update, scale in zip(updates, scales, strict=True)]
+        self._ranks = [int(update.A.shape[0]) for update in updates]
+
+    def add_forward(self, x: Tensor, ys: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Each y += s (x Aᵀ) Bᵀ; keeps x Aᵀ, of [tokens, sum of ranks]."""
+        inner = x @ self._stacked_a(x.dtype).t()
+        for update, factor, part, y in zip(self._updates, self._factors, inner.split(self._ranks, 1), ys, strict=True):
+            y.addmm_(part, update.B.to(x.dtype).t(), alpha=factor)
+        return (inner,)
+
+    def add_backward(
+        self, x: Tensor | None, gs: Sequence[Tensor], grad_x: Tensor | None, kept: tuple[Tensor, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """As `LoraUpdate.add_backward`, dA of all in one product."""
+        (inner,) = kept
+        g_inner = torch.empty_like(inner)
+        parts = g_inner.split(self._ranks, 1)
+        for update, factor, part, g in zip(self._updates, self._factors, parts, gs, strict=True):
+            part.copy_(g @ update.B.to(g.dtype)).mul_(factor)
+        if grad_x is not None:
+            grad_x.addmm_(g_inner, self._stacked_a(g_inner.dtype))
+        if x is None:
+            return (None,) * (2 * len(self._updates))
+        grads: list[Tensor | None] = []
+        grads_A = (g_inner.t() @ x).split(self._ranks)
+        for update, factor, grad_A, part, g in zip(
+            self._updates, self._factors, grads_A, inner.split(self._ranks, 1), gs, strict=True
+        ):
+            # Each in memory of its own: a view would keep the gradients of all.
+            grads.append(grad_A.to(update.A.dtype, copy=True))
+            grads.append((g.t() @ part).to(update.B.dtype).mul_(factor))
+        return tuple(grads)
+
+    def _stacked_a(self, dtype: torch.dtype) -> Tensor:
+        return torch.cat([update.A.to(dtype) for update in self._updates])

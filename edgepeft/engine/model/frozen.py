@@ -81,6 +81,10 @@ class FrozenWeight(Protocol):
         """`g @ W` for g of shape [..., out], as [..., in]; saves nothing."""
         ...
 
+    def add_matmul_transposed(self, g: Tensor, out: Tensor) -> None:
+        """`out += g @ W` in place, for g [rows, out] and `out` [rows, in]; saves nothing."""
+        ...
+
     def materialize(self, out: Tensor) -> Tensor:
         """Writes the dense values into the contiguous `out` and returns it; never an alias of what is held."""
         ...
@@ -114,6 +118,10 @@ class DenseWeight:
     def matmul_transposed(self, g: Tensor) -> Tensor:
         """`g @ W`."""
         return torch.matmul(g, self._in_compute_dtype())
+
+    def add_matmul_transposed(self, g: Tensor, out: Tensor) -> None:
+        """`out += g @ W`."""
+        out.addmm_(g, self._in_compute_dtype())
 
     def materialize(self, out: Tensor) -> Tensor:
         """Copies the values into `out`."""
@@ -204,6 +212,10 @@ class Nf4Weight:
     def matmul_transposed(self, g: Tensor) -> Tensor:
         """`g @ W` on dequantized values."""
         return torch.matmul(g, self.materialize(self._workspace.borrow(self.shape)))
+
+    def add_matmul_transposed(self, g: Tensor, out: Tensor) -> None:
+        """`out += g @ W` on dequantized values."""
+        out.addmm_(g, self.materialize(self._workspace.borrow(self.shape)))
 
     def materialize(self, out: Tensor) -> Tensor:
         """Dequantizes into `out` (bfloat16, float16 or float32)."""
@@ -297,6 +309,10 @@ class Int8Weight:
     def matmul_transposed(self, g: Tensor) -> Tensor:
         """`g @ W` on dequantized values."""
         return torch.matmul(g, self.materialize(self._workspace.borrow(self.shape)))
+
+    def add_matmul_transposed(self, g: Tensor, out: Tensor) -> None:
+        """`out += g @ W` on dequantized values."""
+        out.addmm_(g, self.materialize(self._workspace.borrow(self.shape)))
 
     def materialize(self, out: Tensor) -> Tensor:
         """Dequantizes into `out`, the product rounded once from float32."""

@@ -1,19 +1,24 @@
 """A linear layer whose weight is frozen and to which any number of named adapters can be attached.
 
 One autograd function computes the frozen product and the updates of all active adapters. It keeps the input and what an
-update asks for, never a dense weight: backward dequantizes the weight again.
+update asks for, never a dense weight: backward dequantizes the weight again. Linears that read the same input (queries,
+keys and values; gate and up) are computed by one such function together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from edgepeft.engine.model.frozen import FrozenWeight
+
+Kept = tuple[Tensor, ...]
+Gradients = tuple[Tensor | None, ...]
 
 
 class LinearUpdate(Protocol):
@@ -27,19 +32,64 @@ class LinearUpdate(Protocol):
         """The trainable tensors, float32."""
         ...
 
-    def add_forward(self, x: Tensor, y: Tensor, scale: float) -> tuple[Tensor, ...]:
+    def add_forward(self, x: Tensor, y: Tensor, scale: float) -> Kept:
         """Adds the update for x [tokens, in] to y [tokens, out] in place; returns what to keep for backward."""
         ...
 
-    def add_backward(
-        self, x: Tensor | None, g: Tensor, grad_x: Tensor | None, scale: float, kept: tuple[Tensor, ...]
-    ) -> tuple[Tensor | None, ...]:
+    def add_backward(self, x: Tensor | None, g: Tensor, grad_x: Tensor | None, scale: float, kept: Kept) -> Gradients:
         """Adds the update's part to `grad_x` [tokens, in] in place, where there is one.
 
         Returns the gradients of `tensors()`, in their order, for g [tokens, out]; x is None, and so are they, when no
         tensor is trained.
         """
         ...
+
+    def together(self, uses: Sequence[Use]) -> SharedUpdate | None:
+        """One update that does the work of several, each of another linear with the same input; this one is the first
+        of them. None where they have nothing to share."""
+        ...
+
+
+class SharedUpdate(Protocol):
+    """The updates of several linears that read the same input."""
+
+    def add_forward(self, x: Tensor, ys: Sequence[Tensor]) -> Kept:
+        """As `LinearUpdate.add_forward`, for each linear's output."""
+        ...
+
+    def add_backward(self, x: Tensor | None, gs: Sequence[Tensor], grad_x: Tensor | None, kept: Kept) -> Gradients:
+        """As `LinearUpdate.add_backward`; the gradients of all tensors, linear by linear."""
+        ...
+
+
+class Use(NamedTuple):
+    """An update and the strength with which it is used."""
+
+    update: LinearUpdate
+    scale: float
+
+
+class _Part(NamedTuple):
+    """One linear of a product."""
+
+    weight: FrozenWeight
+    bias: Tensor | None
+    uses: list[Use]
+
+
+# A plain global: backward on CUDA runs in another thread, which sees neither thread-locals nor context variables.
+_recomputing = False
+
+
+@contextmanager
+def recomputing(again: bool) -> Iterator[None]:
+    """Says whether a layer runs only for what its backward needs: its result is thrown away."""
+    global _recomputing
+    before, _recomputing = _recomputing, again
+    try:
+        yield
+    finally:
+        _recomputing = before
 
 
 class AdaptedLinear(nn.Module):
@@ -58,12 +108,20 @@ class AdaptedLinear(nn.Module):
         self.out_features, self.in_features = weight_source.shape
         self.adapters: dict[str, LinearUpdate] = {}
         self.active: list[tuple[str, float]] = []
+        self.ends_layer = False
+        """Whether nothing but a sum uses its result, so that a layer that runs again can do without it."""
+        self.shares_input: SharedInput | None = None
+        """The linears that are given the same input; None where it stands alone."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] to [..., out], in x's dtype."""
-        updates = [(self.adapters[name], scale) for name, scale in self.active]
-        tensors = [tensor for update, _ in updates for tensor in update.tensors()]
-        return _product(x, self.weight_source, self.bias, updates, *tensors)
+        if self.shares_input is not None:
+            return self.shares_input.product(self, x)
+        return _product(x, [self], skip=self.ends_layer and _recomputing)[0]
+
+    def part(self) -> _Part:
+        """What computes its product now."""
+        return _Part(self.weight_source, self.bias, [Use(self.adapters[name], scale) for name, scale in self.active])
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
@@ -71,52 +129,116 @@ class AdaptedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, weight={kind}, active={self.active}"
 
 
+class SharedInput:
+    """Linears that a model calls one after the other with the same tensor.
+
+    The call of the first one computes all of them; the others find their results.
+    """
+
+    def __init__(self, members: Sequence[AdaptedLinear]) -> None:
+        self._members = list(members)
+        self._input: Tensor | None = None
+        self._waiting: dict[int, Tensor] = {}
+        for member in members:
+            member.shares_input = self
+
+    def product(self, linear: AdaptedLinear, x: Tensor) -> Tensor:
+        """What `linear` makes of x."""
+        if linear is self._members[0]:
+            self.forget()
+            results = _product(x, self._members)
+            self._input = x
+            self._waiting = {id(member): result for member, result in zip(self._members, results, strict=True)}
+        found = self._waiting.pop(id(linear), None) if self._input is x else None
+        if not self._waiting:
+            self._input = None
+        return _product(x, [linear])[0] if found is None else found
+
+    def forget(self) -> None:
+        """Drops results that were not asked for: those of a forward that was left in the middle."""
+        self._input, self._waiting = None, {}
+
+
+def _product(x: Tensor, linears: Sequence[AdaptedLinear], *, skip: bool = False) -> tuple[Tensor, ...]:
+    """The products of linears with one input; with `skip`, only what backward needs is computed."""
+    parts = [linear.part() for linear in linears]
+    tensors = [tensor for part in parts for use in part.uses for tensor in use.update.tensors()]
+    return _apply(x, parts, skip, *tensors)
+
+
 class _AdaptedProduct(torch.autograd.Function):
-    """The frozen product and the updates of the active adapters; no gradient is formed for W."""
+    """Frozen products of one input and the updates of the active adapters; no gradient is formed for a weight."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: FrozenWeight,
-        bias: Tensor | None,
-        updates: Sequence[tuple[LinearUpdate, float]],
-        *tensors: Tensor,
-    ) -> Tensor:
-        y = weight.matmul(x)
-        if bias is not None:
-            y += bias
+    def forward(ctx: Any, x: Tensor, parts: Sequence[_Part], skip: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ys = tuple(_frozen_product(x, part, skip=skip) for part in parts)
         kept: list[Tensor] = []
         counts: list[int] = []
-        if updates:
-            x_rows, y_rows = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-            for update, scale in updates:
-                keeps = update.add_forward(x_rows, y_rows, scale)
-                kept += keeps
-                counts.append(len(keeps))
-        ctx.weight = weight
-        ctx.updates = updates
+        shared = _shared(parts)
+        x_rows = x.reshape(-1, x.shape[-1])
+        y_rows = [y.view(-1, y.shape[-1]) for y in ys]
+        if shared is not None:
+            kept += shared.add_forward(x_rows, y_rows)
+        else:
+            for part, rows in zip(parts, y_rows, strict=True):
+                for use in part.uses:
+                    keeps = use.update.add_forward(x_rows, rows, use.scale)
+                    kept += keeps
+                    counts.append(len(keeps))
+        ctx.parts = parts
+        ctx.shared = shared
         ctx.counts = counts
-        ctx.trains = any(ctx.needs_input_grad[4:])
+        ctx.trains = any(ctx.needs_input_grad[3:])
         # The trainable tensors are saved too, so that autograd notices when one changes before backward.
         ctx.save_for_backward(*([x] if ctx.trains else []), *kept, *tensors)
-        return y
+        ctx.kept = len(kept)
+        return ys
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *gs: Tensor) -> tuple[Any, ...]:
         saved = list(ctx.saved_tensors)
         x = saved.pop(0) if ctx.trains else None
-        grad_x = ctx.weight.matmul_transposed(g) if ctx.needs_input_grad[0] else None
+        kept = saved[: ctx.kept]
+        del saved
+        g_rows = [g.reshape(-1, g.shape[-1]) for g in gs]
+        grad_x = grad_rows = None
+        if ctx.needs_input_grad[0]:
+            first, *others = ctx.parts
+            grad_x = first.weight.matmul_transposed(gs[0])
+            grad_rows = grad_x.view(-1, grad_x.shape[-1])
+            for part, rows in zip(others, g_rows[1:], strict=True):
+                part.weight.add_matmul_transposed(rows, grad_rows)
+        x_rows = None if x is None else x.reshape(-1, x.shape[-1])
+        if ctx.shared is not None:
+            return grad_x, None, None, *ctx.shared.add_backward(x_rows, g_rows, grad_rows, tuple(kept))
         grads: list[Tensor | None] = []
-        if ctx.updates:
-            x_rows = None if x is None else x.reshape(-1, x.shape[-1])
-            g_rows = g.reshape(-1, g.shape[-1])
-            grad_x_rows = None if grad_x is None else grad_x.view(-1, grad_x.shape[-1])
-            for (update, scale), count in zip(ctx.updates, ctx.counts, strict=True):
-                kept, saved = tuple(saved[:count]), saved[count:]
-                grads += update.add_backward(x_rows, g_rows, grad_x_rows, scale, kept)
-        return (grad_x, None, None, None, *grads)
+        counts = iter(ctx.counts)
+        for part, rows in zip(ctx.parts, g_rows, strict=True):
+            for use in part.uses:
+                count = next(counts)
+                own, kept = tuple(kept[:count]), kept[count:]
+                grads += use.update.add_backward(x_rows, rows, grad_rows, use.scale, own)
+        return grad_x, None, None, *grads
 
 
-_product: Callable[..., Tensor] = _AdaptedProduct.apply
+_apply: Callable[..., tuple[Tensor, ...]] = _AdaptedProduct.apply
+
+
+def _frozen_product(x: Tensor, part: _Part, *, skip: bool) -> Tensor:
+    if skip:
+        return x.new_empty((*x.shape[:-1], part.weight.shape[0]))
+    y = part.weight.matmul(x)
+    if part.bias is not None:
+        y += part.bias
+    return y
+
+
+def _shared(parts: Sequence[_Part]) -> SharedUpdate | None:
+    """The one update of several linears; None where there is one linear, or updates differ in number or kind."""
+    if len(parts) < 2 or any(len(part.uses) != 1 for part in parts):
+        return None
+    uses = [part.uses[0] for part in parts]
+    if any(type(use.update) is not type(uses[0].update) for use in uses):
+        return None
+    return uses[0].update.together(uses)

@@ -20,6 +20,7 @@ from edgepeft.engine.kernels import to_device
 from edgepeft.engine.ledger import assign, mark_place
 from edgepeft.engine.model.checkpoint import open_checkpoint, take_weight
 from edgepeft.engine.model.frozen import DTYPES, DenseWeight, FrozenWeight, Workspace, freeze
+from edgepeft.engine.model.fused import fuse
 from edgepeft.engine.model.linear import AdaptedLinear
 from edgepeft.errors import BadInput
 from edgepeft.memory.breakdown import Category
@@ -70,6 +71,12 @@ class LoadedModel:
     def linears(self) -> dict[str, AdaptedLinear]:
         """Every linear of the decoder layers by module path, in the model's order."""
         return dict(self._linears)
+
+    def forget_unfinished(self) -> None:
+        """Drops what a forward that was left in the middle, such as by a lack of memory, has computed ahead."""
+        for linear in self._linears.values():
+            if linear.shares_input is not None:
+                linear.shares_input.forget()
 
     def tensors_by_category(self) -> dict[Category, list[Tensor]]:
         """Every tensor of the base, without the workspace."""
@@ -191,6 +198,7 @@ def take_over(
     mark_place("loading embeddings and head")
     _unpack_others(model, compute_dtype, device, workspace)
     _take_over_rest(model, device, dtype, merged)
+    fuse(model)
 
 
 def inner_decoder(model: PreTrainedModel) -> nn.Module:

@@ -152,9 +152,8 @@ def packed_attention(
         return _varlen(query, key, value, segments, scale, window), None
     if kernel == "by sample" or (kernel == "varlen" and window is None):
         return _by_sample(query, key, value, segments, scale), None
-    fused = softcap is None and window is None and same_width and target.kind == "cpu"
     apply: Any = _BlockAttention.apply
-    out: Tensor = apply(query, key, value, segments, scale, window, softcap, fused)
+    out: Tensor = apply(query, key, value, segments, scale, window, softcap)
     return out, None
 
 
@@ -205,8 +204,8 @@ def _by_sample(query: Tensor, key: Tensor, value: Tensor, segments: Segments, sc
 class _BlockAttention(torch.autograd.Function):
     """Exact attention in blocks of query rows; keeps queries, keys and values only.
 
-    On the CPU the forward is the flash kernel. The backward is ours on purpose: it forms the probabilities of a
-    block again by plain matrix products, which is several times faster there than the kernel's own backward in 16 bit.
+    Backward forms the probabilities of a block again. On the CPU plain matrix products are faster than torch's flash
+    kernel in 16 bit: up to twice in forward, several times in backward.
     """
 
     @staticmethod
@@ -219,29 +218,19 @@ class _BlockAttention(torch.autograd.Function):
         scale: float,
         window: int | None,
         softcap: float | None,
-        fused: bool,
     ) -> Tensor:
         _, heads, tokens, _ = query.shape
         kv_heads = key.shape[1]
-        group = heads // kv_heads
         out = query.new_empty(1, tokens, heads, value.shape[-1])
         # Heads that share a key become rows of one product: [kv_heads, group, tokens, head_dim].
         q = _grouped(query[0], kv_heads)
         k, v = key[0], value[0]
         target = _grouped(out[0].transpose(0, 1), kv_heads)
         for start, length in one_of_each(segments.samples(), _length):
-            if fused:
-                wide_k, wide_v = (x.narrow(1, start, length).unsqueeze(1).expand(-1, group, -1, -1) for x in (k, v))
-                part, _ = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                    q.narrow(2, start, length), wide_k, wide_v, 0.0, True, scale=scale
-                )
-                target.narrow(2, start, length).copy_(part)
-                del part
-                continue
             for block in enough(_blocks(start, length, window)):
                 weights = block.probabilities(block.rows(q, 2) * scale, block.keys(k, 1), softcap)[0]
                 part = torch.bmm(weights.flatten(1, 2), block.keys(v, 1))
-                block.rows(target, 2).copy_(part.view(kv_heads, group, -1, part.shape[-1]))
+                block.rows(target, 2).copy_(part.view(kv_heads, heads // kv_heads, -1, part.shape[-1]))
                 # Before the next block makes its own.
                 del weights, part
         ctx.save_for_backward(query, key, value)
@@ -297,7 +286,7 @@ class _BlockAttention(torch.autograd.Function):
                 dk.narrow(1, start, length).copy_(dk_sum)
                 dv.narrow(1, start, length).copy_(dv_sum)
             del dk_sum, dv_sum
-        return grad_query, grad_key, grad_value, None, None, None, None, None
+        return grad_query, grad_key, grad_value, None, None, None, None
 
 
 def _length(sample: tuple[int, int]) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from edgepeft.engine.ledger import mark_place
+from edgepeft.engine.model.linear import recomputing
 from edgepeft.spec import Checkpointing
 
 
@@ -37,7 +38,12 @@ def _placed(forward: Any, number: int, mode: Checkpointing) -> Any:
         if mode == "layer" and torch.is_grad_enabled():
             # Dropout is a pure function of seed, step and sample: there is no generator whose state would matter.
             out = checkpoint(
-                forward, *arguments, use_reentrant=False, preserve_rng_state=False, determinism_check="none", **options
+                _told_when_again(forward),
+                *arguments,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                determinism_check="none",
+                **options,
             )
         else:
             out = forward(*arguments, **options)
@@ -45,5 +51,18 @@ def _placed(forward: Any, number: int, mode: Checkpointing) -> Any:
         if hidden.requires_grad:
             hidden.register_hook(begin_backward)
         return out
+
+    return run
+
+
+def _told_when_again(forward: Any) -> Any:
+    """Lets every call but the first run as a recomputation, whose result nobody uses."""
+    called = False
+
+    def run(*arguments: Any, **options: Any) -> Any:
+        nonlocal called
+        again, called = called, True
+        with recomputing(again):
+            return forward(*arguments, **options)
 
     return run

@@ -125,6 +125,7 @@ class StepRunner:
                         self._backward(loss / trained)
                     total += loss.detach()
             except (RuntimeError, MemoryError) as error:
+                self._loaded.forget_unfinished()
                 if not is_out_of_memory(error):
                     raise
                 raise MicroBatchTooLarge(size.tokens, len(group), first_line(error)) from None
@@ -166,6 +167,7 @@ class StepRunner:
                 with watched, packed(batch.lengths):
                     part = number(self._loss(batch, layout.loss_chunk_tokens))
             except (RuntimeError, MemoryError) as error:
+                self._loaded.forget_unfinished()
                 if not is_out_of_memory(error):
                     raise
                 why = first_line(error)
