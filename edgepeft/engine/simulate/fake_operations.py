@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 _GROUPED = torch.ops.aten._grouped_mm.default
 
 
-class FakeOperations(TorchDispatchMode):
+class _FakeOperations(TorchDispatchMode):
     """Grouped products of experts in float32: torch 2.13 computes them on the CPU, its fake version wants bf16."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -18,3 +18,9 @@ class FakeOperations(TorchDispatchMode):
             # Rows [n, in] with matrices [experts, in, out].
             return args[0].new_empty((args[0].shape[0], args[1].shape[2]))
         return func(*args, **(kwargs or {}))
+
+
+def fake_operations() -> Any:
+    """The mode, as a context manager."""
+    mode: Any = _FakeOperations  # untyped in torch
+    return mode()

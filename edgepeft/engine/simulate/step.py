@@ -21,7 +21,7 @@ from edgepeft.engine.ledger import LiveBytes, assign, counting_as, current_place
 from edgepeft.engine.methods import AttachedAdapter, attach, set_active
 from edgepeft.engine.model.frozen import DTYPES, Workspace
 from edgepeft.engine.model.load import LoadedModel, take_over
-from edgepeft.engine.simulate.fake_operations import FakeOperations
+from edgepeft.engine.simulate.fake_operations import fake_operations
 from edgepeft.engine.simulate.model import build_model, layers_repeat
 from edgepeft.engine.simulate.replay import Recording
 from edgepeft.engine.simulate.scratch import ScratchOf
@@ -92,7 +92,7 @@ def simulate(config: Any, layers: int, request: DryRunRequest, *, period: int) -
             mark_place(f"after {phase}")
             ledger.restart_peaks()
 
-        with ledger, FakeOperations(), counting_as("workspace", "loading"):
+        with ledger, fake_operations(), counting_as("workspace", "loading"):
             take_over(
                 model,
                 recipe.precision,
