@@ -12,12 +12,13 @@ from edgepeft.data.prepare import load_template
 from edgepeft.data.tokens import Tokenizer
 from edgepeft.engine.methods.peft_files import WEIGHTS_FILE, save_adapter
 from edgepeft.engine.training.device import device_name, package_versions
+from edgepeft.engine.training.ending import Kept, complaint_about, keep_state
 from edgepeft.errors import EdgepeftError
 from edgepeft.library.card import Card, TemplateRecord
 from edgepeft.library.store import list_adapters, next_version, publish, write_card
 from edgepeft.memory.calibration import observe, observed
 from edgepeft.models.store import ModelEntry
-from edgepeft.runs.events import Finished
+from edgepeft.runs.events import EndedBy, Finished, Warned
 from edgepeft.runs.layout import RunFolder
 from edgepeft.spec import DataRef
 
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
     from edgepeft.engine.training.loop import Training
 
 
-def finish_run(training: Training, *, stopped: bool) -> Finished:
-    """Saves the adapter as it is now; a run that was not stopped also publishes it as the next version of its name.
+def finish_run(training: Training, ended_by: EndedBy) -> Finished:
+    """Saves the adapter as it is now; a run that was not stopped saves the state that the plan keeps, and publishes it
+    as the next version of its name.
 
     Returns:
         The event that ends the run.
@@ -35,9 +37,11 @@ def finish_run(training: Training, *, stopped: bool) -> Finished:
         DiskProblem: no space, or no permission.
     """
     run, plan, position, measured = training.run, training.plan, training.position, training.measured()
-    card = _make_card(training)
-    save_adapter(run.adapter, training.adapter, training.loaded.entry.name)
-    write_card(run.adapter, card)
+    stopped = ended_by == "request"
+    kept = Kept(position.step, position.last_eval_loss) if stopped else keep_state(training)
+    if not stopped and (complaint := complaint_about(kept, position.base_eval_loss)):
+        training.emit(Warned(message=complaint, step=position.step))
+    card = write_adapter(training, kept.step, kept.eval_loss)
     published = ""
     if not stopped and plan.adapter_name:
         published = _published_before(run, plan.adapter_name) or publish(run.adapter, plan.adapter_name, card)
@@ -55,9 +59,30 @@ def finish_run(training: Training, *, stopped: bool) -> Finished:
         reserved_peak_bytes=measured.reserved_bytes,
         rss_peak_bytes=measured.rss_bytes,
         train_loss=_train_loss(training),
-        eval_loss=position.last_eval_loss,
+        eval_loss=kept.eval_loss,
+        last_eval_loss=position.last_eval_loss,
+        base_eval_loss=position.base_eval_loss,
+        kept_step=kept.step,
+        ended_by=ended_by,
         published=published,
     )
+
+
+def write_adapter(training: Training, step: int, eval_loss: float | None) -> Card:
+    """Writes the adapter and its card into the run folder.
+
+    Args:
+        training: its adapter is written as it is.
+        step: whose state that is.
+        eval_loss: of that state.
+
+    Raises:
+        DiskProblem: no space, or no permission.
+    """
+    card = _make_card(training, step, eval_loss)
+    save_adapter(training.run.adapter, training.adapter, training.loaded.entry.name)
+    write_card(training.run.adapter, card)
+    return card
 
 
 def _published_before(run: RunFolder, name: str) -> str | None:
@@ -74,14 +99,17 @@ def _published_before(run: RunFolder, name: str) -> str | None:
     return None
 
 
-def _make_card(training: Training) -> Card:
+def _make_card(training: Training, step: int, eval_loss: float | None) -> Card:
     plan, position, entry = training.plan, training.position, training.loaded.entry
     recipe = plan.spec.recipe
     trainable = sum(parameter.numel() for parameter in training.adapter.named_parameters().values())
     metrics = {
         "train_loss": _train_loss(training),
-        "eval_loss": position.last_eval_loss,
+        "eval_loss": eval_loss,
         "best_eval_loss": position.best_eval_loss,
+        "base_eval_loss": position.base_eval_loss,
+        "last_step": float(position.step),
+        "last_eval_loss": position.last_eval_loss,
         "train_seconds": position.train_seconds,
         "tokens_per_second": _tokens_per_second(training),
         "predicted_peak_bytes": float(plan.memory.peak_bytes),
@@ -101,9 +129,20 @@ def _make_card(training: Training) -> Card:
         template=_template(recipe.data, entry),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         run=training.run.id,
-        steps=position.step,
+        steps=step,
         metrics={name: value for name, value in metrics.items() if value is not None},
-        notes=plan.notes,
+        notes=plan.notes if step == position.step else (*plan.notes, _kept_note(training, step, eval_loss)),
+    )
+
+
+def _kept_note(training: Training, step: int, eval_loss: float | None) -> str:
+    def said(loss: float | None) -> str:
+        return "n/a" if loss is None else f"{loss:.4f}"
+
+    position = training.position
+    return (
+        f"The run went on to step {position.step}; the state of step {step} is kept, whose held-out loss was "
+        f"{said(eval_loss)}, not {said(position.last_eval_loss)}."
     )
 
 
