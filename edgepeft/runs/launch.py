@@ -200,7 +200,9 @@ def needed_disk_bytes(plan: TrainPlan) -> int:
     adapter_bytes = step.bytes_by_category.get("adapter weights", 0)
     checkpoint_bytes = adapter_bytes + step.bytes_by_category.get("optimizer state", 0)
     # While a checkpoint is written, the oldest of those that are kept is still there.
-    return (plan.spec.upkeep.keep_checkpoints + 1) * checkpoint_bytes + 2 * adapter_bytes + _SPARE_DISK_BYTES
+    upkeep = plan.spec.upkeep
+    checkpoints = upkeep.keep_checkpoints + 1 + (upkeep.keep == "best")
+    return checkpoints * checkpoint_bytes + 2 * adapter_bytes + _SPARE_DISK_BYTES
 
 
 def check_free_disk(plan: TrainPlan) -> None:
