@@ -123,6 +123,8 @@ def show(run_id: RunId, as_json: JsonFlag = False) -> None:
             line(f"  {text}", "dim")
     if state.resumable:
         line(f"Next     edgepeft runs resume {run.id}")
+    elif state.wants_time:
+        line(f"Next     edgepeft runs resume {run.id} --max-time TIME   (trains on)")
     elif state.alive:
         line(f"Next     edgepeft runs attach {run.id}")
 
@@ -166,20 +168,29 @@ def stop_(
 @app.command("resume")
 def resume_(
     run_id: RunId,
+    max_time: Annotated[
+        str | None,
+        typer.Option(
+            "--max-time",
+            help="Training time of the whole run, such as 2h, in place of what it had.",
+            show_default=False,
+        ),
+    ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Start it and return.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Go on with a lost, failed or stopped run from its newest checkpoint."""
+    """Go on with a lost, failed or stopped run from its newest checkpoint, or with one whose time was over."""
     import json
 
     from edgepeft.cli.attach import attach
     from edgepeft.runs.launch import resume
     from edgepeft.runs.layout import open_run
+    from edgepeft.units import parse_seconds
 
     run = open_run(run_id)
     plan = run.read_plan()
     began = time.time()
-    resume(run)
+    resume(run, None if max_time is None else parse_seconds(max_time, where="--max-time"))
     if detach:
         if as_json:
             sys.stdout.write(json.dumps({"type": "launched", "run": run.id, "path": str(run.path)}) + "\n")

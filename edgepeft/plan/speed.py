@@ -95,7 +95,7 @@ def relative_speed(
 def time_run(
     spec: RunSpec, shape: ModelShape, device: PlanDevice, lengths: SampleLengths, *, weights_bytes: int
 ) -> RunTime | None:
-    """The time of a whole run: loading, training up to its time limit, evaluations; None when no sample is left to train on.
+    """The time of a whole run: loading, training within its time limit, evaluations; None without a sample to train on.
 
     Args:
         spec: the run.

@@ -122,8 +122,8 @@ def time_note(upkeep: Upkeep, time: RunTime | None, steps: int) -> str:
         return ""
     return (
         f"The training time of {format_seconds(upkeep.max_seconds)} is predicted to be over after about step "
-        f"{max(1, round(time.share * steps)):,} of {steps:,}: the learning rate, planned for all of them, will not have "
-        "come down by then. Fewer --epochs, or --max-steps, make a shorter run of it that ends properly."
+        f"{max(1, round(time.share * steps)):,} of {steps:,}: the learning rate, planned for all of them, will not "
+        "have come down by then. Fewer --epochs, or --max-steps, make a shorter run of it that ends properly."
     )
 
 

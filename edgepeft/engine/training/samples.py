@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from edgepeft.chat.protocol import Sampling
+from edgepeft.data.conversation import RecordError
 from edgepeft.data.encode import encode_prompt
 from edgepeft.data.prepare import load_template
-from edgepeft.data.records import RecordError
 from edgepeft.data.template import ChatTemplate
 from edgepeft.data.tokens import Tokenizer
 from edgepeft.engine.inference.generate import generate
