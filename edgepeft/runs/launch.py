@@ -233,9 +233,10 @@ def needed_disk_bytes(plan: TrainPlan) -> int:
     step = next((phase for phase in plan.memory.phases if phase.name == "train step"), plan.memory.peak)
     adapter_bytes = step.bytes_by_category.get("adapter weights", 0)
     checkpoint_bytes = adapter_bytes + step.bytes_by_category.get("optimizer state", 0)
-    # While a checkpoint is written, the oldest of those that are kept is still there.
+    # While a checkpoint is written, the oldest of those that are kept is still there; two older ones may be kept to go
+    # back to if the run diverges.
     upkeep = plan.spec.upkeep
-    checkpoints = upkeep.keep_checkpoints + 1 + (upkeep.keep == "best")
+    checkpoints = upkeep.keep_checkpoints + 3 + (upkeep.keep == "best")
     return checkpoints * checkpoint_bytes + 2 * adapter_bytes + _SPARE_DISK_BYTES
 
 

@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,10 @@ class RunPosition(msgspec.Struct, frozen=True):
     """Of the last steps, oldest first."""
     lowest_recent_loss: float | None = None
     """Lowest mean of those that there was."""
+    sound_step: int = -1
+    """Step of the last checkpoint after which the run was still about as good as ever."""
+    unproven_step: int = -1
+    """Step of a later checkpoint of which that is not known yet."""
     best_eval_loss: float | None = None
     """Of the evaluations during training; the base's is none of them."""
     best_eval_step: int = -1
@@ -107,9 +111,9 @@ def write_checkpoint(
     *,
     scaler: Mapping[str, Any] | None = None,
     keep: int,
-    protected_step: int | None = None,
+    protected: Collection[int] = (),
 ) -> Path:
-    """Writes `root/step-N` and removes all but the `keep` newest checkpoints and that of `protected_step`.
+    """Writes `root/step-N` and removes all but the `keep` newest checkpoints and those of the `protected` steps.
 
     Raises:
         DiskProblem: there is too little space, or the folder may not be written; what was there before is kept.
@@ -161,7 +165,7 @@ def write_checkpoint(
         if step > position.step:
             shutil.rmtree(folder, ignore_errors=True)
     for step, folder in list(_folders(root))[max(1, keep) :]:
-        if step != protected_step:
+        if step not in protected:
             shutil.rmtree(folder, ignore_errors=True)
     return target
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import msgspec
+
 from edgepeft.errors import EdgepeftError
 
 if TYPE_CHECKING:
@@ -16,8 +18,15 @@ if TYPE_CHECKING:
 
 WINDOW_STEPS = 20
 """Steps whose mean loss is looked at."""
-EXPLODED = 3.0
-"""Times the lowest mean so far that a loss must exceed to count as exploded; it must exceed blind guessing as well."""
+EXPLODED = 2.0
+"""Times the lowest mean so far that a loss must exceed to count as exploded."""
+BLIND = 0.99
+"""Share of the loss of blind guessing, ln V, that it must exceed as well. An adapter that grew beyond all bounds often
+comes to rest there, with the same answer to everything."""
+SOUND_STEPS = 5
+"""Steps whose mean loss tells whether a checkpoint is one to go back to."""
+SOUND = 1.5
+"""Times the lowest mean up to which it is."""
 
 
 class Diverged(EdgepeftError):
@@ -38,13 +47,29 @@ def followed(recent: tuple[float, ...], lowest: float | None, loss: float) -> tu
 
 
 def bar(lowest: float | None, vocab: int) -> float:
-    """The loss above which a run has got worse than it ever began, and than guessing all tokens alike (ln V)."""
-    return math.inf if lowest is None else max(EXPLODED * lowest, math.log(vocab))
+    """The loss above which a run is far worse than it was, and no better than guessing all tokens alike (ln V)."""
+    return math.inf if lowest is None else max(EXPLODED * lowest, BLIND * math.log(vocab))
 
 
-def is_suspect(position: RunPosition, vocab: int) -> bool:
-    """Whether the last step's loss is above the bar; its state should not take the place of an earlier one."""
-    return bool(position.recent_losses) and position.recent_losses[-1] > bar(position.lowest_recent_loss, vocab)
+def is_sound(recent: tuple[float, ...], lowest: float | None) -> bool:
+    """Whether the last steps were about as good as any before."""
+    last = recent[-SOUND_STEPS:]
+    return not last or lowest is None or sum(last) / len(last) <= SOUND * lowest
+
+
+def with_sound_step(position: RunPosition) -> RunPosition:
+    """The position as a checkpoint has it that is made now.
+
+    A step's loss is that of the state before it: whether a checkpoint is one to go back to, only later steps tell.
+    """
+    step, candidate = position.step, position.unproven_step
+    if not is_sound(position.recent_losses, position.lowest_recent_loss):
+        return msgspec.structs.replace(position, unproven_step=-1)
+    if candidate < 0:
+        return msgspec.structs.replace(position, unproven_step=step)
+    if step - candidate < SOUND_STEPS:
+        return position
+    return msgspec.structs.replace(position, sound_step=candidate, unproven_step=step)
 
 
 def check_divergence(position: RunPosition, learning_rate: float, vocab: int) -> None:
@@ -71,7 +96,7 @@ def check_divergence(position: RunPosition, learning_rate: float, vocab: int) ->
 
 
 def keep_last_good(training: Training, error: Diverged) -> Diverged:
-    """Writes the adapter of the newest good checkpoint into the run folder, and says so in the error.
+    """Writes the adapter of the last sound checkpoint into the run folder, and says so in the error.
 
     Returns:
         The error to raise.
@@ -79,14 +104,14 @@ def keep_last_good(training: Training, error: Diverged) -> Diverged:
     Raises:
         DiskProblem: no space, or no permission.
     """
-    from edgepeft.engine.training.checkpoints import read_newest_checkpoint
+    from edgepeft.engine.training.checkpoints import read_adapter_of
     from edgepeft.engine.training.outcome import write_adapter
 
-    found = read_newest_checkpoint(training.run.checkpoints, training.plan.spec.recipe, lambda complaint: None)
-    if found is None or not found.position.step:
+    step = training.position.sound_step
+    values = read_adapter_of(training.run.checkpoints, step) if step > 0 else None
+    if values is None:
         return Diverged(error.what, hint=f"{error.hint}; there is no checkpoint from before")
-    training.adapter.load_state_dict(found.adapter)
-    training.position = found.position
-    write_adapter(training, found.position.step, found.position.last_eval_loss)
-    where = f"{training.run.adapter}"
-    return Diverged(error.what, hint=f"{error.hint}; the adapter as it was after step {found.position.step} is {where}")
+    training.adapter.load_state_dict(values)
+    write_adapter(training, step, None)
+    where = training.run.adapter
+    return Diverged(error.what, hint=f"{error.hint}; the adapter as it was after step {step} is in {where}")

@@ -45,9 +45,11 @@ def reason_to_end(position: RunPosition, steps: int, upkeep: Upkeep) -> EndedBy 
     return None
 
 
-def protected_step(position: RunPosition, upkeep: Upkeep) -> int | None:
-    """The checkpoint that must stay, however old it is."""
-    return position.best_eval_step if upkeep.keep == "best" and position.best_eval_step >= 0 else None
+def protected_steps(position: RunPosition, upkeep: Upkeep) -> set[int]:
+    """The checkpoints that must stay, however old they are: the best, and one to go back to if the run diverges."""
+    return {position.sound_step, position.unproven_step} | (
+        {position.best_eval_step} if upkeep.keep == "best" else set()
+    )
 
 
 def without_lost_best(position: RunPosition, upkeep: Upkeep, checkpoints: Path) -> tuple[RunPosition, str]:
@@ -55,8 +57,8 @@ def without_lost_best(position: RunPosition, upkeep: Upkeep, checkpoints: Path) 
 
     That happens when a checkpoint after it, made once a better state was found, turned out to be damaged.
     """
-    step = protected_step(position, upkeep)
-    if step in (None, position.step) or (checkpoints / f"step-{step}").is_dir():
+    step = position.best_eval_step
+    if upkeep.keep != "best" or step in (-1, position.step) or (checkpoints / f"step-{step}").is_dir():
         return position, ""
     forgotten = msgspec.structs.replace(position, best_eval_loss=None, best_eval_step=-1, evaluations_without_gain=0)
     return forgotten, f"the best state so far, of step {step}, is gone; the best from here on is kept"

@@ -21,8 +21,8 @@ from edgepeft.engine.training.account import MemoryAccount
 from edgepeft.engine.training.batches import Sample
 from edgepeft.engine.training.checkpoints import Checkpoint, RunPosition, read_newest_checkpoint, write_checkpoint
 from edgepeft.engine.training.device import device_name, package_versions, training_device, use_physical_cores
-from edgepeft.engine.training.divergence import Diverged, check_divergence, followed, is_suspect, keep_last_good
-from edgepeft.engine.training.ending import protected_step, reason_to_end, without_lost_best
+from edgepeft.engine.training.divergence import Diverged, check_divergence, followed, keep_last_good, with_sound_step
+from edgepeft.engine.training.ending import protected_steps, reason_to_end, without_lost_best
 from edgepeft.engine.training.evaluation import Evaluations
 from edgepeft.engine.training.held_out import evaluate, evaluate_base
 from edgepeft.engine.training.limit import limit_memory
@@ -212,7 +212,7 @@ class Training:
         """Runs the steps that are left, evaluates, and saves; when asked to stop, saves what there is.
 
         Raises:
-            Diverged: training makes the adapter worse; that of the newest good checkpoint is in the run folder.
+            Diverged: training makes the adapter worse; that of the last sound checkpoint is in the run folder.
         """
         ended: EndedBy = "request"
         try:
@@ -404,7 +404,7 @@ class Training:
     def _checkpoint_is_due(self) -> bool:
         if self._requests.checkpoint_wanted:
             return True
-        if self._saved_step == self.position.step or is_suspect(self.position, self.loaded.shape.vocab):
+        if self._saved_step == self.position.step:
             return False
         every = self._upkeep.checkpoint_steps
         if every and self.position.step % every == 0:
@@ -417,7 +417,7 @@ class Training:
         Raises:
             DiskProblem: it cannot be written; earlier ones are kept.
         """
-        self.position = msgspec.structs.replace(self.position, measured=self.measured())
+        self.position = with_sound_step(msgspec.structs.replace(self.position, measured=self.measured()))
         folder = write_checkpoint(
             self.run.checkpoints,
             self.position,
@@ -426,7 +426,7 @@ class Training:
             self.update.tensors(),
             scaler=self.update.scaler_state,
             keep=self._upkeep.keep_checkpoints,
-            protected_step=protected_step(self.position, self._upkeep),
+            protected=protected_steps(self.position, self._upkeep),
         )
         self._saved_at = time.monotonic()
         self._saved_step = self.position.step

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -130,20 +131,15 @@ def _make_card(training: Training, step: int, eval_loss: float | None) -> Card:
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         run=training.run.id,
         steps=step,
-        metrics={name: value for name, value in metrics.items() if value is not None},
+        metrics={name: value for name, value in metrics.items() if value is not None and math.isfinite(value)},
         notes=plan.notes if step == position.step else (*plan.notes, _kept_note(training, step, eval_loss)),
     )
 
 
 def _kept_note(training: Training, step: int, eval_loss: float | None) -> str:
-    def said(loss: float | None) -> str:
-        return "n/a" if loss is None else f"{loss:.4f}"
-
-    position = training.position
-    return (
-        f"The run went on to step {position.step}; the state of step {step} is kept, whose held-out loss was "
-        f"{said(eval_loss)}, not {said(position.last_eval_loss)}."
-    )
+    last = training.position.last_eval_loss
+    losses = "" if eval_loss is None or last is None else f", whose held-out loss was {eval_loss:.4f}, not {last:.4f}"
+    return f"The run went on to step {training.position.step}; the state of step {step} is kept{losses}."
 
 
 def _template(data: DataRef, entry: ModelEntry) -> TemplateRecord | None:
