@@ -87,7 +87,8 @@ def sentence(event: Event) -> tuple[str, str] | None:
         case Recovered():
             return f"{_AGAIN[event.cause].format(event)}: {event.what}", "yellow"
         case SampleGenerated():
-            return f"{_after_step(event.step)}: {_one_line(event.prompt, 60)} → {_one_line(event.answer, 120)}", "dim"
+            answer = _one_line(event.answer, 120) or "(nothing)"
+            return f"{_after_step(event.step)}: {_one_line(event.prompt, 60)} → {answer}", "dim"
         case Started() if event.step:
             return f"Resumed after step {event.step} of {event.steps} on {event.device}", ""
         case _:

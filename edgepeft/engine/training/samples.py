@@ -7,7 +7,7 @@ anything left behind that the next step could notice. Whatever goes wrong here c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,8 @@ class Samples:
         self._left = list(prompts)
         """A prompt that could not be answered once is not tried again."""
         self._gauge = gauge
+        self._watched_tokens = 0
+        """Of the longest prompt with its answer that was followed and did not break the limit."""
         self._poll = poll
         self._emit = emit
         config: Any = loaded.model.config
@@ -99,10 +101,14 @@ class Samples:
             self._poll()
             return False
 
-        with self._gauge.watch(), counting_as("KV cache", "answer to a sample prompt"):
+        # To follow every tensor takes several times as long as to make the answer: done once for each length.
+        wanted = len(ids) + _GREEDY.max_new_tokens > self._watched_tokens
+        watched: AbstractContextManager[object] = self._gauge.watch() if wanted else nullcontext()
+        with watched, counting_as("KV cache", "answer to a sample prompt"):
             made = generate(
                 Session(self._loaded), ids, tokenizer.stop_token_ids(template), _GREEDY, cancelled=cancelled
             )
+        self._watched_tokens = max(self._watched_tokens, len(ids) + len(made.ids))
         return tokenizer.decode(made.ids, skip_special_tokens=True).strip()
 
     @contextmanager
