@@ -20,6 +20,10 @@ ComputeDtype = Literal["fp32", "bf16", "fp16"]
 Overlong = Literal["truncate", "drop"]
 TrainOn = Literal["assistant", "all"]
 Checkpointing = Literal["layer", "none"]
+Keep = Literal["best", "last"]
+"""Which state of a run becomes its adapter: that of the best evaluation, or the last one."""
+MOST_SAMPLE_PROMPTS = 8
+"""Prompts that a run may answer at each evaluation."""
 
 
 class BaseRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -152,6 +156,14 @@ class Upkeep(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Steps between checkpoints; 0 leaves it to `checkpoint_seconds`."""
     keep_checkpoints: int = 2
     """Newest checkpoints that are kept."""
+    keep: Keep = "last"
+    """`best` also keeps the checkpoint of the best evaluation, and makes it the adapter at the end."""
+    early_stop: int = 0
+    """Evaluations in a row without improvement after which the run ends; 0 runs all steps."""
+    max_seconds: float | None = None
+    """Training time, all processes of the run together, after which it ends; None for no limit."""
+    sample_prompts: tuple[str, ...] = ()
+    """Answered at each evaluation, by the adapter as it is then."""
 
 
 class RunSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -134,6 +134,8 @@ def report_outcome(
                 line(text)
             if ending.stopped:
                 line(f"         edgepeft runs resume {run.id}   (trains the rest)")
+            elif ending.ended_by == "time":
+                line(f"         edgepeft runs resume {run.id} --max-time TIME   (trains on)")
         return ExitCode.INTERRUPTED if ending.stopped else ExitCode.DONE
     if isinstance(ending, Failed):
         note(f"edgepeft: run {run.id} failed: {ending.message}", "red")

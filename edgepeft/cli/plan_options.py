@@ -113,6 +113,32 @@ class PlanOptions(msgspec.Struct, frozen=True):
         int | None,
         typer.Option("--eval-every", help="Steps between evaluations; 0: at the end only.", show_default=False),
     ] = None
+    early_stop: Annotated[
+        int | None,
+        typer.Option(
+            "--early-stop",
+            help="End after so many evaluations without a lower held-out loss; 0: never.",
+            show_default=False,
+        ),
+    ] = None
+    keep: Annotated[
+        str | None,
+        typer.Option(
+            "--keep",
+            help="State that becomes the adapter: best or last; best with --early-stop.",
+            show_default=False,
+        ),
+    ] = None
+    max_time: Annotated[
+        str | None,
+        typer.Option("--max-time", help="End and save after so much training, such as 30m.", show_default=False),
+    ] = None
+    sample_prompt: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--sample-prompt", help="Answer this at each evaluation; repeatable, up to 8.", show_default=False
+        ),
+    ] = None
     train_on: Annotated[
         str | None,
         typer.Option("--train-on", help="Tokens that carry loss: assistant or all.", show_default=False),

@@ -66,6 +66,10 @@ _AGAIN = {
     "killed": "The worker before this one was killed, so step {0.step} begins with a smaller layout, nothing lost",
     "device": "The card failed, so step {0.step} begins with a smaller layout, nothing lost",
 }
+_ENDED = {
+    "early stop": "after step {0.step:,}: the held-out loss did not fall any more",
+    "time": "after step {0.step:,}: the training time was over",
+}
 _BAR_COLUMNS = 28
 _BAR_FROM_WIDTH = 100
 _EIGHTHS = " ▏▎▍▌▋▊▉"
@@ -76,7 +80,7 @@ def sentence(event: Event) -> tuple[str, str] | None:
     match event:
         case Evaluated():
             best = ", best so far" if event.best else ""
-            return f"Step {event.step}: held-out loss {event.loss:.4f} on {event.samples:,} samples{best}", ""
+            return f"{_after_step(event.step)}: held-out loss {event.loss:.4f} on {event.samples:,} samples{best}", ""
         case Warned():
             return f"{_at_step(event.step)}{event.message}", "yellow"
         case OutOfMemoryHit():
@@ -84,7 +88,8 @@ def sentence(event: Event) -> tuple[str, str] | None:
         case Recovered():
             return f"{_AGAIN[event.cause].format(event)}: {event.what}", "yellow"
         case SampleGenerated():
-            return f"Step {event.step}: {_one_line(event.prompt, 60)} → {_one_line(event.answer, 120)}", "dim"
+            answer = _one_line(event.answer, 120) or "(nothing)"
+            return f"{_after_step(event.step)}: {_one_line(event.prompt, 60)} → {answer}", "dim"
         case Started() if event.step:
             return f"Resumed after step {event.step} of {event.steps} on {event.device}", ""
         case _:
@@ -183,8 +188,11 @@ def summary_lines(ending: Finished, run_path: str, model: str) -> list[str]:
         for label, loss in (("training", ending.train_loss), ("held out", ending.eval_loss))
         if loss is not None
     ]
+    if ending.eval_loss is not None and ending.base_eval_loss is not None:
+        losses[-1] = f"held out {ending.base_eval_loss:.4f} (base) → {ending.eval_loss:.4f} (adapter)"
     if losses:
         lines.append("Loss     " + ", ".join(losses))
+    lines += _ending_lines(ending)
     lines.append(f"Memory   {peak_text(ending.measured_peak_bytes, ending.predicted_peak_bytes)}")
     if ending.energy_wh is not None:
         lines.append(f"Energy   {energy_text(ending)}")
@@ -204,6 +212,19 @@ def energy_text(ending: Finished) -> str:
         return text
     world = ", the world's average" if ending.co2_grams_per_kwh == WORLD_CO2_GRAMS_PER_KWH else ""
     return f"{text}, about {format_grams(ending.co2_grams)} CO₂ at {ending.co2_grams_per_kwh:g} g/kWh{world}"
+
+
+def _ending_lines(ending: Finished) -> list[str]:
+    """Why a run ended before its last step, and which state it kept where that is not the last one."""
+    lines = []
+    if ending.ended_by in _ENDED and not ending.stopped:
+        lines.append(f"Ended    {_ENDED[ending.ended_by].format(ending)}")
+    if ending.kept_step not in (None, ending.step):
+        kept = f"Kept     the state of step {ending.kept_step:,}"
+        if ending.last_eval_loss is not None:
+            kept += f"; at the end the held-out loss was {ending.last_eval_loss:.4f}"
+        lines.append(kept)
+    return lines
 
 
 def peak_text(measured_bytes: int, predicted_bytes: int) -> str:
@@ -286,6 +307,10 @@ def lost_text(run_id: str, state: RunState, *, again: bool) -> str:
 def progress_text(state: RunState) -> str:
     """`412/900`, or a dash before anything is known."""
     return f"{state.step}/{state.steps}" if state.steps else "–"
+
+
+def _after_step(step: int) -> str:
+    return f"Step {step}" if step else "Base"
 
 
 def _at_step(step: int | None) -> str:

@@ -130,6 +130,8 @@ def show(run_id: RunId, as_json: JsonFlag = False) -> None:
             line(f"  {text}", "dim")
     if state.resumable:
         line(f"Next     edgepeft runs resume {run.id}")
+    elif state.wants_time:
+        line(f"Next     edgepeft runs resume {run.id} --max-time TIME   (trains on)")
     elif state.alive:
         line(f"Next     edgepeft runs attach {run.id}")
 
@@ -177,6 +179,14 @@ def stop_(
 @app.command("resume")
 def resume_(
     run_id: RunId,
+    max_time: Annotated[
+        str | None,
+        typer.Option(
+            "--max-time",
+            help="Training time of the whole run, such as 2h, in place of what it had.",
+            show_default=False,
+        ),
+    ] = None,
     detach: Annotated[bool, typer.Option("--detach", help="Start it and return.")] = False,
     force: Annotated[
         bool,
@@ -184,19 +194,20 @@ def resume_(
     ] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Go on with a lost, failed or stopped run from its newest checkpoint."""
+    """Go on with a lost, failed or stopped run from its newest checkpoint, or with one whose time was over."""
     import json
 
     from edgepeft.cli.attach import attach
     from edgepeft.runs.launch import resume
     from edgepeft.runs.layout import open_run
     from edgepeft.runs.state import RunWatch
+    from edgepeft.units import parse_seconds
 
     run = open_run(run_id)
     plan = run.read_plan()
     told = RunWatch(run, plan.steps)
     told.poll()
-    resume(run, force=force)
+    resume(run, None if max_time is None else parse_seconds(max_time, where="--max-time"), force=force)
     if detach:
         if as_json:
             sys.stdout.write(json.dumps({"type": "launched", "run": run.id, "path": str(run.path)}) + "\n")

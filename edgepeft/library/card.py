@@ -53,8 +53,9 @@ class Card(msgspec.Struct, frozen=True):
     run: str
     """Id of the run that made it."""
     steps: int
+    """Optimizer steps that made these weights; the run may have made more, see `last_step` of the metrics."""
     metrics: dict[str, float] = {}
-    """train_loss, eval_loss, train_seconds, tokens_per_second, predicted_peak_bytes, measured_peak_bytes, energy_wh,
+    """train_loss, eval_loss, base_eval_loss, train_seconds, tokens_per_second, measured_peak_bytes, energy_wh,
     co2_grams …"""
     parent: str = ""
     """`NAME@vK` that training started from."""

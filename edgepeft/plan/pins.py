@@ -8,7 +8,9 @@ from typing import Any, get_args
 import msgspec
 
 from edgepeft.errors import UsageError
-from edgepeft.spec import Checkpointing, ComputeDtype, Overlong, Precision
+from edgepeft.plan.upkeep import check_prompts
+from edgepeft.spec import Checkpointing, ComputeDtype, Keep, Overlong, Precision
+from edgepeft.units import parse_seconds
 
 Pins = dict[str, Any]
 """Option name, with underscores → typed value, of the right type and in range."""
@@ -18,6 +20,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "compute_dtype": get_args(ComputeDtype),
     "overlong": get_args(Overlong),
     "checkpointing": get_args(Checkpointing),
+    "keep": get_args(Keep),
     "schedule": ("cosine", "linear", "constant"),
 }
 _COUNTS: dict[str, int] = {
@@ -28,6 +31,7 @@ _COUNTS: dict[str, int] = {
     "max_steps": 1,
     "loss_chunk_tokens": 1,
     "eval_every": 0,
+    "early_stop": 0,
     "seed": 0,
 }
 _RANGES: dict[str, tuple[float, float, str]] = {
@@ -61,6 +65,10 @@ def check_pins(overrides: dict[str, Any]) -> Pins:
             pins[name] = _switch(where, value)
         elif name == "weight_decay":
             pins[name] = _number(where, value, 0, 1, "Usual are 0 to 0.1", above=False)
+        elif name == "max_time":
+            pins[name] = parse_seconds(str(value), where=where)
+        elif name == "sample_prompt":
+            pins[name] = check_prompts(where, value)
         elif name == "targets":
             pins[name] = _targets(where, value)
         else:

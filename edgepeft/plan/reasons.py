@@ -9,6 +9,7 @@ from edgepeft.library.parent import TAKEN_OVER
 from edgepeft.methods import method_of
 from edgepeft.plan.speed import say_time
 from edgepeft.plan.train_plan import Choice, DataSummary, Origin
+from edgepeft.plan.upkeep import upkeep_reasons, upkeep_values
 from edgepeft.spec import Recipe, RunSpec
 from edgepeft.units import format_bytes, format_count, format_share
 
@@ -74,7 +75,7 @@ def shown_values(spec: RunSpec) -> dict[str, str]:
         "weight-decay": f"{recipe.optimizer.weight_decay:g}",
         "schedule": recipe.schedule.name,
         "warmup": format_share(recipe.schedule.warmup_fraction, digits=0),
-        "eval-every": str(spec.upkeep.eval_every_steps),
+        **upkeep_values(spec.upkeep),
         "seed": str(recipe.seed),
     }
 
@@ -140,13 +141,8 @@ def describe(
     add("weight-decay", preset.weight_decay.description, "preset")
     add("schedule", preset.schedule.description, "preset")
     add("warmup", preset.warmup_fraction.description, "preset")
-    if data is not None and data.eval_samples:
-        every = spec.upkeep.eval_every_steps
-        add(
-            "eval-every",
-            preset.evaluations.description if every else "at the end only",
-            "preset",
-        )
+    for what, why, origin in upkeep_reasons(spec.upkeep, pins, preset, data):
+        add(what, why, origin)
     add("seed", "of order, dropout and start")
     if time is not None:
         found.append(time_choice(time))

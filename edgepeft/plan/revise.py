@@ -20,6 +20,7 @@ from edgepeft.plan.reasons import TIME, check_samples_left, shown_values, steps_
 from edgepeft.plan.simulated import read_config
 from edgepeft.plan.speed import RunTime, time_run
 from edgepeft.plan.train_plan import Choice, TrainPlan
+from edgepeft.plan.upkeep import check_prompts, idle_upkeep
 from edgepeft.plan.verify import dry_run
 from edgepeft.spec import RunSpec
 from edgepeft.units import format_bytes
@@ -85,6 +86,9 @@ def revise(plan: TrainPlan, *, where: str, progress: Progress | None = None) -> 
     data = lengths.summary(recipe.max_seq_len, recipe.overlong)
     check_samples_left(data, recipe)
     steps = steps_of(recipe, data.train_samples)
+    if trouble := idle_upkeep(spec.upkeep, data, steps):
+        option, what, hint = trouble
+        raise BadInput(what, where=f"{where}, spec.upkeep.{option.replace('-', '_')}", hint=hint)
     time = time_run(spec, entry.shape, device, lengths, weights_bytes=entry.weights_bytes)
     memory = prediction.memory
     if not is_exact(entry.shape) and plan.dry_run is None:
@@ -155,6 +159,8 @@ def check_values(spec: RunSpec, where: str) -> None:
         ("upkeep.checkpoint_seconds", upkeep.checkpoint_seconds, 0),
         ("upkeep.checkpoint_steps", upkeep.checkpoint_steps, 0),
         ("upkeep.keep_checkpoints", upkeep.keep_checkpoints, 1),
+        ("upkeep.early_stop", upkeep.early_stop, 0),
+        ("upkeep.max_seconds", upkeep.max_seconds, 1),
         ("budget_bytes", spec.budget_bytes, 1),
     )
     for key, value, low in least:
@@ -166,6 +172,10 @@ def check_values(spec: RunSpec, where: str) -> None:
     ):
         if not (math.isfinite(value) and value > 0):
             raise BadInput(f"{value} is not possible", where=f"{where}, spec.{key}", hint="Give a number above 0")
+    try:
+        check_prompts(f"{where}, spec.upkeep.sample_prompts", upkeep.sample_prompts)
+    except UsageError as error:
+        raise BadInput(error.what, where=error.where, hint=error.hint) from error
     shares = {
         "recipe.data.eval_fraction": recipe.data.eval_fraction,
         "recipe.schedule.warmup_fraction": recipe.schedule.warmup_fraction,

@@ -24,7 +24,7 @@ from edgepeft.plan.request import Candidate, Given, PlanRequest
 from edgepeft.plan.space import Space
 from edgepeft.plan.speed import SATURATION, RunTime, relative_speed, time_run
 from edgepeft.plan.train_plan import TrainPlan
-from edgepeft.spec import Checkpointing, Precision, RunSpec, Upkeep
+from edgepeft.spec import Checkpointing, Precision, RunSpec
 
 __all__ = ["Candidate", "Given", "PlanRequest", "Search", "make_plan"]
 
@@ -305,9 +305,11 @@ def describe_plan(search: Search, chosen: Candidate) -> TrainPlan:
 
     Raises:
         BadInput: its length limit leaves no sample.
+        UsageError: as `decide_upkeep`.
     """
     from edgepeft.plan.reasons import check_samples_left, describe, notes_of, steps_of
     from edgepeft.plan.runner_ups import runner_ups
+    from edgepeft.plan.upkeep import decide_upkeep, time_note
 
     request, spec = search.request, search.spec(chosen)
     lengths = request.lengths
@@ -315,13 +317,10 @@ def describe_plan(search: Search, chosen: Candidate) -> TrainPlan:
     if data is not None:
         check_samples_left(data, spec.recipe)
     steps = 0 if data is None else steps_of(spec.recipe, data.train_samples)
-    evaluations = request.preset.evaluations.value
-    every = search.pins.get("eval_every")
-    if every is None:
-        every = steps // evaluations if data is not None and data.eval_samples and evaluations > 1 else 0
-    spec = msgspec.structs.replace(spec, upkeep=Upkeep(eval_every_steps=every))
+    spec = msgspec.structs.replace(spec, upkeep=decide_upkeep(search.pins, request.preset, data, steps))
     prediction = search.count(chosen)
     time = search.time(spec)
+    note = time_note(spec.upkeep, time, steps)
     return TrainPlan(
         spec=spec,
         choices=describe(search, chosen, spec, data, time),
@@ -331,7 +330,7 @@ def describe_plan(search: Search, chosen: Candidate) -> TrainPlan:
         operations=time.operations if time else 0.0,
         seconds=time.seconds if time else None,
         alternatives=runner_ups(search, chosen, spec, time),
-        notes=request.notes + notes_of(search, chosen, data),
+        notes=request.notes + notes_of(search, chosen, data) + ((note,) if note else ()),
         wants_more=search.wants_more(chosen),
         workload=prediction.workload,
     )

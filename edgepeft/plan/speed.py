@@ -59,6 +59,8 @@ class RunTime(msgspec.Struct, frozen=True):
     """From the start of its process to the finished adapter; None when the device's speed is not known."""
     why: str
     """Where that comes from, in one line."""
+    share: float = 1.0
+    """Part of the steps that the run's time limit leaves time for."""
 
 
 class Rate(msgspec.Struct, frozen=True):
@@ -93,7 +95,7 @@ def relative_speed(
 def time_run(
     spec: RunSpec, shape: ModelShape, device: PlanDevice, lengths: SampleLengths, *, weights_bytes: int
 ) -> RunTime | None:
-    """The time of a whole run: loading, training, evaluations; None when no sample is left to train on.
+    """The time of a whole run: loading, training within its time limit, evaluations; None without a sample to train on.
 
     Args:
         spec: the run.
@@ -111,10 +113,15 @@ def time_run(
         return RunTime(training, None, _unknown(device, shape))
     tokens, trained = lengths.held_out(spec.recipe)
     every = spec.upkeep.eval_every_steps
-    evaluations = ((run.steps - 1) // every if every else 0) + 1 if len(tokens) else 0
+    seconds = training / rate.operations_per_second
+    most = spec.upkeep.max_seconds
+    share = 1.0 if most is None or seconds <= most else most / seconds
+    # One of the base before the first step, and one at the end.
+    evaluations = (int((run.steps - 1) * share) // every if every else 0) + 2 if len(tokens) else 0
     evaluating = evaluations * evaluation_operations(spec, shape, tokens, trained)
     loading = load_seconds(spec, shape, device, weights_bytes)
-    return RunTime(training, loading + (training + evaluating) / rate.operations_per_second, rate.why)
+    whole = loading + share * seconds + evaluating / rate.operations_per_second
+    return RunTime(training, whole, rate.why if share == 1 else f"{rate.why}; ended by max-time", share)
 
 
 def _unknown(device: PlanDevice, shape: ModelShape) -> str:

@@ -18,6 +18,11 @@ Cause = Literal["step", "probe", "evaluation", "killed", "device"]
 evaluation, or the worker before this one was killed or lost its card."""
 
 
+EndedBy = Literal["steps", "early stop", "time", "request"]
+"""Why a run ended: all steps are done, the held-out loss did not improve any more, the time is over, or somebody
+stopped it."""
+
+
 class _Event(msgspec.Struct, frozen=True, tag_field="type", omit_defaults=True, kw_only=True):
     time: float = 0.0
     """Seconds since 1970, set when it is written."""
@@ -81,16 +86,19 @@ class Evaluated(_Event, frozen=True, kw_only=True, tag="eval"):
     """Loss on held-out samples."""
 
     step: int
+    """0 is the base alone, before the first step."""
     loss: float
     samples: int
     trained_tokens: int
     best: bool = False
+    """Whether no step before had a lower one; never said of the base."""
 
 
 class SampleGenerated(_Event, frozen=True, kw_only=True, tag="sample"):
     """An answer given during training."""
 
     step: int
+    """0 is the base alone, before the first step."""
     prompt: str
     answer: str
 
@@ -175,6 +183,14 @@ class Finished(_Event, frozen=True, kw_only=True, tag="finished"):
     """Anonymous and shared resident bytes at their highest, less those before anything was loaded."""
     train_loss: float | None = None
     eval_loss: float | None = None
+    """Of the state that is kept."""
+    last_eval_loss: float | None = None
+    """Of the state after the last step."""
+    base_eval_loss: float | None = None
+    """Of the base alone, on the same samples."""
+    kept_step: int | None = None
+    """The step whose state became the adapter; None in runs of before this was told, where it was `step`."""
+    ended_by: EndedBy = "steps"
     published: str = ""
     """`NAME@vK` in the adapter library; empty when nothing was published."""
     energy_wh: float | None = None

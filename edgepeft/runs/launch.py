@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import subprocess
@@ -12,18 +13,19 @@ from typing import Any
 
 import msgspec
 
-from edgepeft.errors import BadInput, DeviceUnusable, DiskProblem, error_for_code
+from edgepeft.errors import BadInput, DeviceUnusable, DiskProblem, UsageError, error_for_code
 from edgepeft.library.store import check_same_base
 from edgepeft.paths import check_name, disk_errors, home, write_atomic
 from edgepeft.plan.revise import check_fits
 from edgepeft.plan.train_plan import TrainPlan
 from edgepeft.processes import start_worker
 from edgepeft.runs.control import FORCE_HINT, clear_request, request
+from edgepeft.runs.events import Finished
 from edgepeft.runs.layout import RunFolder, create_run
 from edgepeft.runs.lock import is_locked
-from edgepeft.runs.state import START_SECONDS, Launched, RunState, events_bytes, read_launched, read_state
+from edgepeft.runs.state import START_SECONDS, Launched, RunState, RunWatch, events_bytes, read_launched, read_state
 from edgepeft.spec import RunSpec
-from edgepeft.units import MIB, format_bytes
+from edgepeft.units import MIB, format_bytes, format_seconds
 
 WORKER = "train"
 _POLL_SECONDS = 0.05
@@ -61,32 +63,61 @@ def launch(plan: TrainPlan, name: str) -> RunFolder:
     return run
 
 
-def resume(run: RunFolder, *, force: bool = False) -> None:
+def resume(run: RunFolder, max_seconds: float | None = None, *, force: bool = False) -> None:
     """Starts the worker of a lost, failed or stopped run again; it goes on from the newest good checkpoint.
 
     Args:
-        run: the run.
+        run: one that ended because its time was over is resumed too, if it gets more.
+        max_seconds: its training time from now on, that of the processes before included; None leaves it as it is.
         force: go on though a data file has changed or is gone, with the tokens of the file as it was.
 
     Raises:
         BadInput: the run has a worker, is finished, or has no readable plan; a data file is not the planned one, and
             that is not forced.
+        UsageError: it has trained that long already.
     """
     from edgepeft.data.prepare import check_unchanged
 
     plan = run.read_plan()
-    state = read_state(run, plan.steps)
+    watch = RunWatch(run, plan.steps)
+    state = watch.poll()[1]
     if state.alive:
         raise BadInput(f"run {run.id} is {state.status}", hint=f"Follow it with `edgepeft runs attach {run.id}`")
-    if state.status == "finished":
+    if state.wants_time and max_seconds is None:
+        raise BadInput(
+            f"the training time of run {run.id} was over after step {state.step:,} of {state.steps:,}",
+            hint=f"Give it more: edgepeft runs resume {run.id} --max-time "
+            f"{_twice(plan.spec.upkeep.max_seconds or 0.0)}",
+        )
+    if state.status == "finished" and not state.wants_time:
         adapter = state.published or plan.adapter_name
         raise BadInput(f"run {run.id} is finished", hint=f"Its adapter is {adapter}; train again for a new version")
     check_unchanged(plan.spec.recipe.data, forced=force, hint=FORCE_HINT)
     check_free_disk(plan)
+    if max_seconds is not None:
+        _give_time(run, watch, max_seconds)
     clear_request(run)
     with disk_errors(run.rescued_file):
         run.rescued_file.unlink(missing_ok=True)
     _await_lock(run, _start(run, plan.spec, old_data=force))
+
+
+def _give_time(run: RunFolder, watch: RunWatch, max_seconds: float) -> None:
+    ending = watch.folded.ending
+    steps = sum(done.seconds for done in watch.folded.history)
+    trained = ending.train_seconds if isinstance(ending, Finished) else steps
+    if max_seconds <= trained:
+        raise UsageError(
+            f"run {run.id} has trained for {format_seconds(trained)} already",
+            where="--max-time",
+            hint=f"Give the time of the whole run, such as {_twice(trained)}",
+        )
+    write_atomic(run.time_limit_file, msgspec.json.encode(float(max_seconds)))
+
+
+def _twice(seconds: float) -> str:
+    """A time of about twice that, as an option takes it."""
+    return f"{max(1, math.ceil(2 * seconds / 60))}m"
 
 
 def restart_smaller(run: RunFolder, ending: str) -> None:
@@ -211,9 +242,12 @@ def needed_disk_bytes(plan: TrainPlan) -> int:
     step = next((phase for phase in plan.memory.phases if phase.name == "train step"), plan.memory.peak)
     adapter_bytes = step.bytes_by_category.get("adapter weights", 0)
     checkpoint_bytes = adapter_bytes + step.bytes_by_category.get("optimizer state", 0)
+    # While a checkpoint is written, the oldest of those that are kept is still there; two older ones may be kept to go
+    # back to if the run diverges.
+    upkeep = plan.spec.upkeep
+    checkpoints = upkeep.keep_checkpoints + 3 + (upkeep.keep == "best")
     copies = 2 if plan.spec.recipe.parent is None else 3
-    # While a checkpoint is written, the oldest of those that are kept is still there.
-    return (plan.spec.upkeep.keep_checkpoints + 1) * checkpoint_bytes + copies * adapter_bytes + _SPARE_DISK_BYTES
+    return checkpoints * checkpoint_bytes + copies * adapter_bytes + _SPARE_DISK_BYTES
 
 
 def check_free_disk(plan: TrainPlan) -> None:

@@ -82,19 +82,25 @@ class RunFolder(msgspec.Struct, frozen=True):
         return self.path / "checkpoints"
 
     @property
+    def time_limit_file(self) -> Path:
+        """The training time in seconds that `resume` gave the run, in place of the plan's."""
+        return self.path / "max-seconds"
+
+    @property
     def adapter(self) -> Path:
         """The finished adapter, until it is published."""
         return self.path / "adapter"
 
     def read_plan(self) -> TrainPlan:
-        """The plan that this run executes.
+        """The plan that this run executes, with the time that it was given since.
 
         Raises:
             BadInput: plan.json is missing, half-written or of another version.
         """
         try:
             with disk_errors(self.plan_file):
-                return msgspec.json.decode(self.plan_file.read_bytes(), type=TrainPlan)
+                plan = msgspec.json.decode(self.plan_file.read_bytes(), type=TrainPlan)
+            return plan if (seconds := self._time_limit()) is None else _with_time(plan, seconds)
         except FileNotFoundError as error:
             raise BadInput(
                 f"run {self.id} has no plan.json",
@@ -107,6 +113,17 @@ class RunFolder(msgspec.Struct, frozen=True):
                 where=str(self.plan_file),
                 hint=f"Remove the run with `edgepeft runs remove {self.id}`",
             ) from error
+
+    def _time_limit(self) -> float | None:
+        try:
+            return msgspec.json.decode(self.time_limit_file.read_bytes(), type=float)
+        except FileNotFoundError:
+            return None
+
+
+def _with_time(plan: TrainPlan, max_seconds: float) -> TrainPlan:
+    upkeep = msgspec.structs.replace(plan.spec.upkeep, max_seconds=max_seconds)
+    return msgspec.structs.replace(plan, spec=msgspec.structs.replace(plan.spec, upkeep=upkeep))
 
 
 def create_run(plan: TrainPlan, name: str) -> RunFolder:

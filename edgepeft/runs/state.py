@@ -14,6 +14,7 @@ from edgepeft.errors import EdgepeftError
 from edgepeft.memory.breakdown import Category
 from edgepeft.runs.events import (
     CheckpointSaved,
+    EndedBy,
     Evaluated,
     Event,
     Failed,
@@ -30,6 +31,11 @@ from edgepeft.runs.layout import RunFolder, list_runs
 from edgepeft.runs.lock import is_locked
 
 Status = Literal["starting", "running", "finished", "stopped", "failed", "lost", "damaged"]
+EARLY: dict[EndedBy, str] = {
+    "early stop": "Ended early after step {step:,} of {steps:,}: the held-out loss did not fall any more",
+    "time": "Its training time was over after step {step:,} of {steps:,}",
+}
+"""What is said of a run that ended by itself before its last step."""
 START_SECONDS = 60.0
 """A worker that was started longer ago than this, and never took the lock, is lost."""
 
@@ -86,7 +92,9 @@ class RunState(msgspec.Struct, frozen=True):
     published: str = ""
     """`NAME@vK`, once it is in the library."""
     message: str = ""
-    """Why it failed, was lost or is damaged."""
+    """Why it failed, was lost, is damaged, or ended before its last step."""
+    ended_by: EndedBy | None = None
+    """Why a finished or stopped run ended."""
     exit_code: int | None = None
     """Of a failed run."""
     warnings: int = 0
@@ -104,6 +112,11 @@ class RunState(msgspec.Struct, frozen=True):
     def resumable(self) -> bool:
         """Whether `resume` would start a worker."""
         return self.status in ("lost", "failed", "stopped")
+
+    @property
+    def wants_time(self) -> bool:
+        """Whether `resume` would start a worker if it were given more time."""
+        return self.status == "finished" and self.ended_by == "time"
 
 
 class RunFold:
@@ -134,6 +147,7 @@ class RunFold:
                     "loss": self.history[-1].loss if self.history else None,
                     "eval_loss": self.evaluations[-1].loss if self.evaluations else None,
                     "eta_seconds": None,
+                    "ended_by": None,
                     "live_bytes": None,
                     "power_watts": None,
                     "energy_wh": self.history[-1].energy_wh if self.history else None,
@@ -161,6 +175,9 @@ class RunFold:
                     "energy_wh": event.energy_wh,
                 }
             case Evaluated():
+                if self.evaluations and self.evaluations[-1].step == event.step:
+                    # Killed before its first checkpoint, a run measures its base again.
+                    self.evaluations.pop()
                 self.evaluations.append(event)
                 changes["eval_loss"] = event.loss
             case MemoryMeasured():
@@ -179,6 +196,7 @@ class RunFold:
                 changes |= {
                     "step": event.step,
                     "published": event.published,
+                    "ended_by": "request" if event.stopped else event.ended_by,
                     "eval_loss": event.eval_loss if event.eval_loss is not None else state.eval_loss,
                     "peak_bytes": _larger(state.peak_bytes, event.measured_peak_bytes),
                     "tokens_per_second": event.tokens_per_second,
@@ -242,7 +260,8 @@ class RunFold:
         if launched is not None and silent and not launched.took_lock and abs(now - launched.time) < START_SECONDS:
             return "starting", "", None
         if isinstance(self.ending, Finished):
-            return ("stopped" if self.ending.stopped else "finished"), "", None
+            early = EARLY.get(self.ending.ended_by, "").format(step=self._state.step, steps=self._state.steps)
+            return ("stopped", "", None) if self.ending.stopped else ("finished", early, None)
         if isinstance(self.ending, Failed):
             return "failed", self.ending.message, self.ending.exit_code
         return "lost", f"The worker ended without a word after step {self._state.step}", None

@@ -159,13 +159,13 @@ def test_in_the_probe_nothing_has_been_learned_and_the_layout_shrinks(
     tmp_path: Path, base: ModelEntry, allocations: Allocations
 ) -> None:
     options = {"max_steps": 2}
-    train(tiny_run(tmp_path, base, "counted", **options), allocations.while_in("trying the largest", FIRST_STEP))
+    train(tiny_run(tmp_path, base, "counted", **options), allocations.while_in("trying the largest", "evaluate"))
     total, calm = allocations.count, Calm(tmp_path, base, **options)
     phases = set()
     for at in range(0, total, total // 8):
         mode = Allocations(at)
         run = tiny_run(tmp_path, base, f"hit-{at}", **options)
-        events = train(run, mode.while_in("trying the largest", FIRST_STEP))
+        events = train(run, mode.while_in("trying the largest", "evaluate"))
         mode.stop()
         assert mode.failed
         (hit,) = of_type(events, OutOfMemoryHit)
@@ -193,7 +193,7 @@ def test_an_evaluation_adapts_alone_and_remembers_it(tmp_path: Path, base: Model
     assert mode.failed
     (hit,) = of_type(events, OutOfMemoryHit)
     (recovered,) = of_type(events, Recovered)
-    assert (hit.phase, hit.step, recovered.cause) == ("evaluation", 2, "evaluation")
+    assert (hit.phase, hit.step, recovered.cause) == ("evaluation", 0, "evaluation")
     assert [found.loss for found in of_type(events, Evaluated)] == pytest.approx(
         [found.loss for found in of_type(calm_events, Evaluated)], rel=1e-5
     )

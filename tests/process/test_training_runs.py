@@ -11,8 +11,11 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from typer.testing import CliRunner
 
+from edgepeft.cli.app import app
 from edgepeft.cli.attach import attach
+from edgepeft.errors import BadInput
 from edgepeft.library.store import resolve_adapter
 from edgepeft.plan.build import build
 from edgepeft.plan.train_plan import TrainPlan
@@ -133,3 +136,28 @@ def test_data_that_changed_is_refused(plan: TrainPlan, alpaca_file: Path) -> Non
     assert (state.status, state.exit_code) == ("failed", 3), state
     assert str(alpaca_file) in state.message
     assert not any(isinstance(event, StepDone) for event in read_events(run.events_file))
+
+
+def test_a_run_whose_time_is_over_is_finished_and_trains_on_when_it_gets_more(plan: TrainPlan) -> None:
+    upkeep = msgspec.structs.replace(plan.spec.upkeep, max_seconds=0.01, sample_prompts=("Repeat the number 3.",))
+    run = launch(msgspec.structs.replace(plan, spec=msgspec.structs.replace(plan.spec, upkeep=upkeep)), "timed")
+    wait_for(run, lambda: not read_state(run).alive)
+    state = read_state(run)
+    assert (state.status, state.wants_time, state.published) == ("finished", True, "timed@v1"), log_tail(run)
+    assert 0 < state.step < 60
+    shown = CliRunner().invoke(app, ["runs", "show", run.id])
+    assert f"Reason   Its training time was over after step {state.step} of 60" in shown.output
+    assert f"edgepeft runs resume {run.id} --max-time TIME" in shown.output
+    assert "Repeat the number 3. →" in shown.output
+
+    refused = CliRunner().invoke(app, ["runs", "resume", run.id])
+    assert isinstance(refused.exception, BadInput)
+    resumed = CliRunner().invoke(app, ["runs", "resume", run.id, "--max-time", "10min"])
+    assert resumed.exit_code == 0, resumed.output
+    assert "(base) →" in resumed.output
+    again = read_state(run)
+    assert (again.status, again.step, again.ended_by, again.published) == ("finished", 60, "steps", "timed@v2")
+    watch = RunWatch(run)
+    watch.poll()
+    assert [done.step for done in watch.folded.history] == list(range(1, 61))
+    assert watch.folded.evaluations[0].step == 0

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import msgspec
 import pytest
 
-from edgepeft.cli.run_text import lost_text, memory_table, peak_text, rescued_text, sentence
+from edgepeft.cli.run_text import lost_text, memory_table, peak_text, rescued_text, sentence, summary_lines
 from edgepeft.memory.breakdown import Phase
-from edgepeft.runs.events import Cause, Finished, MemoryMeasured, OutOfMemoryHit, Recovered, StepDone
+from edgepeft.runs.events import (
+    Cause,
+    Evaluated,
+    Finished,
+    MemoryMeasured,
+    OutOfMemoryHit,
+    Recovered,
+    SampleGenerated,
+    StepDone,
+)
 from edgepeft.runs.state import HighestMemory, RunState, highest_memory
 from edgepeft.units import GIB, MIB
 
@@ -139,3 +149,56 @@ def test_a_step_alone_is_no_sentence() -> None:
         tokens_per_second=1.0,
     )
     assert sentence(event) is None
+
+
+ENDING = Finished(
+    step=80,
+    adapter="adapter",
+    train_seconds=10.0,
+    tokens_per_second=100.0,
+    predicted_peak_bytes=MIB,
+    measured_peak_bytes=MIB,
+    train_loss=0.5,
+    eval_loss=0.75,
+    base_eval_loss=2.25,
+    last_eval_loss=0.875,
+    kept_step=80,
+    published="n@v1",
+)
+
+
+def test_the_summary_compares_base_and_adapter() -> None:
+    lines = summary_lines(ENDING, "/runs/n-1", "toy")
+    assert "Loss     training 0.5000, held out 2.2500 (base) → 0.7500 (adapter)" in lines
+    assert not [line for line in lines if line.startswith(("Ended", "Kept"))]
+    alone = summary_lines(msgspec.structs.replace(ENDING, base_eval_loss=None, train_loss=None), "/runs/n-1", "toy")
+    assert "Loss     held out 0.7500" in alone
+
+
+def test_the_summary_says_why_a_run_ended_and_what_it_kept() -> None:
+    early = summary_lines(msgspec.structs.replace(ENDING, kept_step=48, ended_by="early stop"), "/runs/n-1", "toy")
+    assert "Ended    after step 80: the held-out loss did not fall any more" in early
+    assert "Kept     the state of step 48; at the end the held-out loss was 0.8750" in early
+    timed = summary_lines(msgspec.structs.replace(ENDING, ended_by="time"), "/runs/n-1", "toy")
+    assert "Ended    after step 80: the training time was over" in timed
+    # What ended before this was told kept its last state.
+    assert not [
+        line
+        for line in summary_lines(msgspec.structs.replace(ENDING, kept_step=None), "/runs/n-1", "toy")
+        if line.startswith("Kept")
+    ]
+
+
+def test_what_is_said_of_the_base_and_of_samples() -> None:
+    found = Evaluated(step=0, loss=2.25, samples=9, trained_tokens=90)
+    assert sentence(found) == ("Base: held-out loss 2.2500 on 9 samples", "")
+    assert sentence(msgspec.structs.replace(found, step=4, best=True)) == (
+        "Step 4: held-out loss 2.2500 on 9 samples, best so far",
+        "",
+    )
+    said = SampleGenerated(step=0, prompt="Why\n" * 40, answer="[b]because[/b] " + "so " * 100)
+    text, style = sentence(said) or ("", "")
+    assert text.startswith("Base: Why Why")
+    assert "→ [b]because[/b] so" in text
+    assert len(text) < 200
+    assert style == "dim"

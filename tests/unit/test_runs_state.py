@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from edgepeft.cli import attach as attaching
 from edgepeft.cli.app import app
 from edgepeft.runs import state as state_module
-from edgepeft.runs.events import CheckpointSaved, Evaluated, Event, Failed, Finished, PhaseChanged, Started
+from edgepeft.runs.events import CheckpointSaved, EndedBy, Evaluated, Event, Failed, Finished, PhaseChanged, Started
 from edgepeft.runs.events_file import EventWriter, encode_event
 from edgepeft.runs.layout import RunFolder, create_run
 from edgepeft.runs.lock import RunLock
@@ -240,3 +240,27 @@ def test_the_live_line_counts_by_durations(monkeypatch: pytest.MonkeyPatch) -> N
         view.close()
     assert shown
     assert all(30.0 <= seconds < 60.0 for seconds in shown)
+
+
+@pytest.mark.parametrize(
+    ("ended_by", "said"),
+    [
+        ("steps", ""),
+        ("time", "Its training time was over after step 4 of 9"),
+        ("early stop", "Ended early after step 4 of 9: the held-out loss did not fall any more"),
+    ],
+)
+def test_a_run_that_ended_by_itself_is_finished_and_says_why(ended_by: EndedBy, said: str) -> None:
+    ending = msgspec.structs.replace(FINISHED, step=4, ended_by=ended_by)
+    state = fold([STARTED, toy_step(4), ending], lock_held=False)
+    assert (state.status, state.message, state.ended_by) == ("finished", said, ended_by)
+    assert not state.resumable
+    assert state.wants_time == (ended_by == "time")
+    # Given more time, it runs again, and nothing of its ending stays.
+    again = fold([STARTED, toy_step(4), ending, msgspec.structs.replace(STARTED, step=4)], lock_held=True)
+    assert (again.status, again.message, again.ended_by, again.wants_time) == ("running", "", None, False)
+
+
+def test_a_stopped_run_of_before_was_stopped_by_request() -> None:
+    state = fold([STARTED, msgspec.structs.replace(FINISHED, step=4, stopped=True)], lock_held=False)
+    assert (state.status, state.ended_by, state.resumable) == ("stopped", "request", True)

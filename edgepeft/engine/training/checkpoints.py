@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from edgepeft.units import MIB, format_bytes
 _SPARE_BYTES = 16 * MIB
 _ADAPTER, _OPTIMIZER, _STATE = "adapter.safetensors", "optimizer.safetensors", "state.json"
 _FOLDER = re.compile(r"step-(\d+)")
+_DAMAGE = (OSError, ValueError, KeyError, msgspec.MsgspecError, SafetensorError)
 
 
 class RunPosition(msgspec.Struct, frozen=True):
@@ -46,7 +47,20 @@ class RunPosition(msgspec.Struct, frozen=True):
     """Tokens that went through the model in these steps."""
     recent_losses: tuple[float, ...] = ()
     """Of the last steps, oldest first."""
+    lowest_recent_loss: float | None = None
+    """Lowest mean of those that there was."""
+    sound_step: int = -1
+    """Step of the last checkpoint after which the run was still about as good as ever."""
+    unproven_step: int = -1
+    """Step of a later checkpoint of which that is not known yet."""
     best_eval_loss: float | None = None
+    """Of the evaluations during training; the base's is none of them."""
+    best_eval_step: int = -1
+    """Step after which that was measured."""
+    evaluations_without_gain: int = 0
+    """Evaluations since then."""
+    base_eval_loss: float | None = None
+    """Of the base alone, before the first step."""
     last_eval_loss: float | None = None
     last_eval_step: int = -1
     """Step after which that was measured."""
@@ -102,8 +116,9 @@ def write_checkpoint(
     *,
     scaler: Mapping[str, Any] | None = None,
     keep: int,
+    protected: Collection[int] = (),
 ) -> Path:
-    """Writes `root/step-N` and removes all but the `keep` newest checkpoints.
+    """Writes `root/step-N` and removes all but the `keep` newest checkpoints and those of the `protected` steps.
 
     Raises:
         DiskProblem: there is too little space, or the folder may not be written; what was there before is kept.
@@ -154,8 +169,9 @@ def write_checkpoint(
     for step, folder in list(_folders(root)):
         if step > position.step:
             shutil.rmtree(folder, ignore_errors=True)
-    for _, folder in list(_folders(root))[max(1, keep) :]:
-        shutil.rmtree(folder, ignore_errors=True)
+    for step, folder in list(_folders(root))[max(1, keep) :]:
+        if step not in protected:
+            shutil.rmtree(folder, ignore_errors=True)
     return target
 
 
@@ -167,12 +183,8 @@ def read_newest_checkpoint(root: Path, recipe: Recipe, warn: Callable[[str], Non
     """
     for step, folder in _folders(root):
         try:
-            state = msgspec.json.decode((folder / _STATE).read_bytes(), type=_State)
-            for name in (_ADAPTER, _OPTIMIZER):
-                if _sha256(folder / name) != state.sha256[name]:
-                    raise ValueError(f"{name} does not have the checksum that was written down")
-            adapter, optimizer = load_file(folder / _ADAPTER), load_file(folder / _OPTIMIZER)
-        except (OSError, ValueError, KeyError, msgspec.MsgspecError, SafetensorError) as error:
+            state, (adapter, optimizer) = _verified(folder, (_ADAPTER, _OPTIMIZER))
+        except _DAMAGE as error:
             warn(f"checkpoint step-{step} is damaged and is passed over: {error}")
             continue
         if state.recipe_digest != recipe.digest():
@@ -184,6 +196,27 @@ def read_newest_checkpoint(root: Path, recipe: Recipe, warn: Callable[[str], Non
             )
         return Checkpoint(folder, state.position, adapter, optimizer, state.random_states, state.scaler)
     return None
+
+
+def read_adapter_of(root: Path, step: int) -> dict[str, Tensor] | None:
+    """The adapter's parameters in the checkpoint of one step; None where it is gone or damaged."""
+    try:
+        return _verified(root / f"step-{step}", (_ADAPTER,))[1][0]
+    except _DAMAGE:
+        return None
+
+
+def _verified(folder: Path, names: Sequence[str]) -> tuple[_State, list[dict[str, Tensor]]]:
+    """The state and the tensors of some files of a checkpoint, the files compared with their checksums.
+
+    Raises:
+        _DAMAGE: something is not as it was written.
+    """
+    state = msgspec.json.decode((folder / _STATE).read_bytes(), type=_State)
+    for name in names:
+        if _sha256(folder / name) != state.sha256[name]:
+            raise ValueError(f"{name} does not have the checksum that was written down")
+    return state, [load_file(folder / name) for name in names]
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:

@@ -27,8 +27,11 @@ from edgepeft.engine.training.device import (
     training_device,
     use_physical_cores,
 )
+from edgepeft.engine.training.divergence import Diverged, check_divergence, followed, keep_last_good, with_sound_step
+from edgepeft.engine.training.ending import protected_steps, reason_to_end, without_lost_best
 from edgepeft.engine.training.energy import EnergyAccount
 from edgepeft.engine.training.evaluation import Evaluations
+from edgepeft.engine.training.held_out import evaluate, evaluate_base
 from edgepeft.engine.training.limit import limit_memory
 from edgepeft.engine.training.measured import MeasuredPeak
 from edgepeft.engine.training.memory import resident_bytes
@@ -45,6 +48,7 @@ from edgepeft.engine.training.recovery import (
     smaller_layout,
     what_would_help,
 )
+from edgepeft.engine.training.samples import Samples
 from edgepeft.engine.training.spill import SpillWatch, card_memory, driver_spills
 from edgepeft.engine.training.start import load_start
 from edgepeft.engine.training.step import MicroBatchTooLarge, StepRunner, StepSums
@@ -55,7 +59,7 @@ from edgepeft.plan.train_plan import TrainPlan
 from edgepeft.runs.events import (
     Cause,
     CheckpointSaved,
-    Evaluated,
+    EndedBy,
     OutOfMemoryHit,
     PhaseChanged,
     Recovered,
@@ -66,7 +70,6 @@ from edgepeft.runs.events import (
 from edgepeft.runs.layout import RunFolder
 from edgepeft.spec import Layout
 
-_RECENT_STEPS = 20
 _LIFE_SECONDS = 2.0
 """Time between signs of life during the first step of a process."""
 
@@ -198,6 +201,8 @@ class Training:
             emit(Warned(message=f"the data gives {self.steps} steps, the plan said {plan.steps}"))
         self.position = RunPosition(step=0, layout=plan.spec.layout, data_key=data.key)
         self._finite = FiniteWatch()
+        # Before the model is switched to packed attention, which it remembers to leave for an answer.
+        self.samples = Samples(loaded, self._recipe.data, self._upkeep.sample_prompts, self.gauge, requests.poll, emit)
         self.runner = StepRunner(
             loaded,
             self._recipe,
@@ -220,32 +225,42 @@ class Training:
         self.adapter.load_state_dict(checkpoint.adapter)
         self.update.restore(checkpoint.optimizer, checkpoint.scaler)
         checkpoint.restore_random_states()
-        self.position = checkpoint.position
+        self.position, complaint = without_lost_best(checkpoint.position, self._upkeep, self.run.checkpoints)
+        if complaint:
+            self.emit(Warned(message=complaint, step=self.position.step))
         self.energy.go_on(self.position.energy)
         self._finite.in_a_row = self.position.not_finite_in_a_row
         self._saved_step = self.position.step
 
     def execute(self, *, stopped: bool = False) -> None:
-        """Runs the steps that are left, evaluates, and saves; when asked to stop, saves what there is."""
+        """Runs the steps that are left, evaluates, and saves; when asked to stop, saves what there is.
+
+        Raises:
+            Diverged: training makes the adapter worse; that of the last sound checkpoint is in the run folder.
+        """
         with self.energy.measuring():
             self._execute(stopped)
 
     def _execute(self, stopped: bool) -> None:
+        ended: EndedBy = "request"
         try:
             if stopped:
                 raise StopRun
-            self._run_steps()
+            reason = self._run_steps()
             if self.position.step != self._saved_step:
-                self._save_checkpoint()
+                self.save_checkpoint()
             if self.position.last_eval_step != self.position.step:
-                self._evaluate()
+                evaluate(self)
+            ended = reason
         except StopRun:
-            stopped = True
+            pass
+        except Diverged as error:
+            raise keep_last_good(self, error) from error
         if self.position.step != self._saved_step:
-            self._save_checkpoint()
+            self.save_checkpoint()
         self.emit(PhaseChanged(name="save"))
-        finished = finish_run(self, stopped=stopped)
-        if not stopped and (complaint := keep_observation(self, finished)):
+        finished = finish_run(self, ended)
+        if not finished.stopped and (complaint := keep_observation(self, finished)):
             self.emit(Warned(message=complaint))
         self.emit(finished)
 
@@ -255,18 +270,21 @@ class Training:
 
     # Steps ----------------------------------------------------------------------------------------------------------
 
-    def _run_steps(self) -> None:
+    def _run_steps(self) -> EndedBy:
+        """Makes steps as long as there is reason to; returns why there is none any more."""
+        evaluate_base(self)
+        # A stop may have come between a step and its evaluation.
+        self._evaluate_if_due()
         self.emit(PhaseChanged(name="train", detail="the first step"))
         self._told_at, self._micro_batches = time.monotonic(), 0
-        while self.position.step < self.steps:
+        while (ended := reason_to_end(self.position, self.steps, self._upkeep)) is None:
             self._requests.poll()
             self._step()
-            every = self._upkeep.eval_every_steps
-            if every and self.position.step % every == 0 and self.position.step < self.steps:
-                self._evaluate()
+            if self._evaluate_if_due():
                 self.emit(PhaseChanged(name="train"))
             if self._checkpoint_is_due():
-                self._save_checkpoint()
+                self.save_checkpoint()
+        return ended
 
     def _step(self) -> None:
         step = self.position.step
@@ -278,9 +296,9 @@ class Training:
         learned = self._learn(self.train.read(indices))
         self.update.drop_gradients()
         seconds = time.perf_counter() - begun
-        recent = self.position.recent_losses
+        recent, lowest = self.position.recent_losses, self.position.lowest_recent_loss
         if learned.outcome == "changed":
-            recent = (*recent, learned.loss)[-_RECENT_STEPS:]
+            recent, lowest = followed(recent, lowest, learned.loss)
         elif learned.outcome == "not finite":
             self.emit(Warned(message=f"step {step + 1} is skipped: its loss or gradient is not finite", step=step + 1))
         self.position = msgspec.structs.replace(
@@ -289,6 +307,7 @@ class Training:
             train_seconds=self.position.train_seconds + seconds,
             train_tokens=self.position.train_tokens + learned.sums.tokens,
             recent_losses=recent,
+            lowest_recent_loss=lowest,
             not_finite_in_a_row=self._finite.in_a_row,
         )
         before = self._seconds_smoothed
@@ -307,7 +326,7 @@ class Training:
                 live_bytes=self.account.live_bytes(),
                 peak_bytes=self.account.peak().peak_bytes,
                 rss_bytes=self.account.read_resident(),
-                eta_seconds=self._seconds_smoothed * (self.steps - step - 1),
+                eta_seconds=self._eta_seconds(self._seconds_smoothed),
                 power_watts=self.energy.power_watts,
                 energy_wh=self.energy.watt_hours,
             )
@@ -316,6 +335,12 @@ class Training:
             self.tell_memory("train step")
         if warning := self._spill.step(speed):
             self.emit(Warned(message=warning, step=step + 1))
+        check_divergence(self.position, self._recipe.optimizer.learning_rate, self.loaded.shape.vocab)
+
+    def _eta_seconds(self, step_seconds: float) -> float:
+        left = step_seconds * (self.steps - self.position.step)
+        most = self._upkeep.max_seconds
+        return left if most is None else max(0.0, min(left, most - self.position.train_seconds))
 
     def _learn(self, samples: list[Sample]) -> _Learned:
         """Forward, backward and update of the step; after an out-of-memory all of it again in a smaller layout."""
@@ -386,36 +411,17 @@ class Training:
             )
         )
         # A process killed in the next attempt then resumes in the smaller layout.
-        self._save_checkpoint()
+        self.save_checkpoint()
 
     # Evaluations, checkpoints, events -------------------------------------------------------------------------------
 
-    def _evaluate(self) -> None:
-        step, peak_before = self.position.step, self.gauge.peak_bytes
-        if self.evaluations.samples:
-            self.emit(PhaseChanged(name="evaluate"))
-        found = self.evaluations.evaluate(self.position.layout, step)
-        if found is None:
-            return
-        best = self.position.best_eval_loss
-        improved = math.isfinite(found.loss) and (best is None or found.loss < best)
-        self.position = msgspec.structs.replace(
-            self.position,
-            last_eval_loss=found.loss,
-            last_eval_step=step,
-            best_eval_loss=found.loss if improved else best,
-        )
-        self.emit(
-            Evaluated(
-                step=step,
-                loss=found.loss,
-                samples=found.samples,
-                trained_tokens=found.trained_tokens,
-                best=improved,
-            )
-        )
-        if self.gauge.peak_bytes > peak_before:
-            self.tell_memory("evaluation")
+    def _evaluate_if_due(self) -> bool:
+        """Evaluates where the plan says so, once a step; the end of the run has an evaluation of its own."""
+        every, step = self._upkeep.eval_every_steps, self.position.step
+        due = every and step and step % every == 0 and step < self.steps and self.position.last_eval_step != step
+        if due:
+            evaluate(self)
+        return bool(due)
 
     def _before_micro_batch(self) -> None:
         """Obeys requests; before there is a step to tell of, says that something happens."""
@@ -428,13 +434,22 @@ class Training:
     def _checkpoint_is_due(self) -> bool:
         if self._requests.checkpoint_wanted:
             return True
+        if self._saved_step == self.position.step:
+            return False
         every = self._upkeep.checkpoint_steps
         if every and self.position.step % every == 0:
             return True
         return time.monotonic() - self._saved_at >= self._upkeep.checkpoint_seconds
 
-    def _save_checkpoint(self) -> None:
-        self.position = msgspec.structs.replace(self.position, measured=self.measured(), energy=self.energy.use())
+    def save_checkpoint(self) -> None:
+        """Writes the position and everything that the next step depends on.
+
+        Raises:
+            DiskProblem: it cannot be written; earlier ones are kept.
+        """
+        self.position = with_sound_step(
+            msgspec.structs.replace(self.position, measured=self.measured(), energy=self.energy.use())
+        )
         folder = write_checkpoint(
             self.run.checkpoints,
             self.position,
@@ -443,6 +458,7 @@ class Training:
             self.update.tensors(),
             scaler=self.update.scaler_state,
             keep=self._upkeep.keep_checkpoints,
+            protected=protected_steps(self.position, self._upkeep),
         )
         self._saved_at = time.monotonic()
         self._saved_step = self.position.step

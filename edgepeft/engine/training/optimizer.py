@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from edgepeft.errors import EdgepeftError
+from edgepeft.engine.training.divergence import Diverged
 from edgepeft.spec import Optimizer, Schedule
 
 PATIENCE_STEPS = 5
@@ -59,7 +59,7 @@ class FiniteWatch:
                 overflow, so a gradient that overflowed above 1 says nothing about the run.
 
         Raises:
-            EdgepeftError: it is the fifth bad one in a row.
+            Diverged: it is the fifth bad one in a row.
         """
         if math.isfinite(loss) and math.isfinite(grad_norm):
             self.in_a_row = 0
@@ -69,9 +69,8 @@ class FiniteWatch:
         self.in_a_row += 1
         if self.in_a_row >= PATIENCE_STEPS:
             what = "loss" if not math.isfinite(loss) else "gradient"
-            raise EdgepeftError(
+            raise Diverged(
                 f"the {what} was not finite in {self.in_a_row} steps in a row, so training has diverged",
-                hint="Use a smaller learning rate, or compute in bf16 or fp32 instead of fp16; "
-                "the last checkpoint holds the state from before",
+                hint="Use a smaller learning rate, or compute in bf16 or fp32 instead of fp16",
             )
         return False

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +15,14 @@ from edgepeft.data.tokens import Tokenizer
 from edgepeft.engine.methods.peft_files import WEIGHTS_FILE, save_adapter
 from edgepeft.engine.training.checkpoints import RunPosition
 from edgepeft.engine.training.device import device_name, package_versions
+from edgepeft.engine.training.ending import Kept, complaint_about, keep_state
 from edgepeft.errors import EdgepeftError
 from edgepeft.library.card import Card, TemplateRecord
 from edgepeft.library.store import list_adapters, next_version, publish, read_card, write_card
 from edgepeft.memory.calibration import observe, observed
 from edgepeft.models.store import ModelEntry
 from edgepeft.plan.train_plan import TrainPlan
-from edgepeft.runs.events import Finished, Warned
+from edgepeft.runs.events import EndedBy, Finished, Warned
 from edgepeft.runs.layout import RunFolder
 from edgepeft.spec import DataRef
 
@@ -27,8 +30,9 @@ if TYPE_CHECKING:
     from edgepeft.engine.training.loop import Training
 
 
-def finish_run(training: Training, *, stopped: bool) -> Finished:
-    """Saves the adapter as it is now; a run that was not stopped also publishes it as the next version of its name.
+def finish_run(training: Training, ended_by: EndedBy) -> Finished:
+    """Saves the adapter as it is now; a run that was not stopped saves the state that the plan keeps, and publishes it
+    as the next version of its name.
 
     Returns:
         The event that ends the run.
@@ -42,9 +46,11 @@ def finish_run(training: Training, *, stopped: bool) -> Finished:
 
     energy = training.energy.ending(warn)
     run, plan, position, measured = training.run, training.plan, training.position, training.measured()
-    card = _make_card(training, energy)
-    save_adapter(run.adapter, training.adapter, training.loaded.entry.name)
-    write_card(run.adapter, card)
+    stopped = ended_by == "request"
+    kept = Kept(position.step, position.last_eval_loss) if stopped else keep_state(training)
+    if not stopped and (complaint := complaint_about(kept, position.base_eval_loss)):
+        training.emit(Warned(message=complaint, step=position.step))
+    card = write_adapter(training, kept.step, kept.eval_loss, energy)
     published = ""
     if not stopped and plan.adapter_name:
         published = _published_before(run, plan.adapter_name) or publish(run.adapter, plan.adapter_name, card)
@@ -62,7 +68,11 @@ def finish_run(training: Training, *, stopped: bool) -> Finished:
         reserved_peak_bytes=measured.reserved_bytes,
         rss_peak_bytes=measured.rss_bytes,
         train_loss=_train_loss(training),
-        eval_loss=position.last_eval_loss,
+        eval_loss=kept.eval_loss,
+        last_eval_loss=position.last_eval_loss,
+        base_eval_loss=position.base_eval_loss,
+        kept_step=kept.step,
+        ended_by=ended_by,
         published=published,
         **energy,
     )
@@ -90,6 +100,26 @@ def stopped_before_training(run: RunFolder, plan: TrainPlan, position: RunPositi
     )
 
 
+def write_adapter(
+    training: Training, step: int, eval_loss: float | None, energy: Mapping[str, Any] | None = None
+) -> Card:
+    """Writes the adapter and its card into the run folder.
+
+    Args:
+        training: its adapter is written as it is.
+        step: whose state that is.
+        eval_loss: of that state.
+        energy: what the run used, by the names of `Finished`; None where it has not ended.
+
+    Raises:
+        DiskProblem: no space, or no permission.
+    """
+    card = _make_card(training, step, eval_loss, energy or {})
+    save_adapter(training.run.adapter, training.adapter, training.loaded.entry.name)
+    write_card(training.run.adapter, card)
+    return card
+
+
 def _published_before(run: RunFolder, name: str) -> str | None:
     """The version that an earlier process of this run published just before it died.
 
@@ -104,14 +134,17 @@ def _published_before(run: RunFolder, name: str) -> str | None:
     return None
 
 
-def _make_card(training: Training, energy: dict[str, Any]) -> Card:
+def _make_card(training: Training, step: int, eval_loss: float | None, energy: Mapping[str, Any]) -> Card:
     plan, position, entry = training.plan, training.position, training.loaded.entry
     recipe = plan.spec.recipe
     trainable = sum(parameter.numel() for parameter in training.adapter.named_parameters().values())
     metrics = {
         "train_loss": _train_loss(training),
-        "eval_loss": position.last_eval_loss,
+        "eval_loss": eval_loss,
         "best_eval_loss": position.best_eval_loss,
+        "base_eval_loss": position.base_eval_loss,
+        "last_step": float(position.step),
+        "last_eval_loss": position.last_eval_loss,
         "train_seconds": position.train_seconds,
         "tokens_per_second": _tokens_per_second(training),
         "predicted_peak_bytes": float(plan.memory.peak_bytes),
@@ -132,11 +165,17 @@ def _make_card(training: Training, energy: dict[str, Any]) -> Card:
         template=_template(recipe.data, entry),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         run=training.run.id,
-        steps=position.step,
+        steps=step,
         parent=recipe.parent.adapter if recipe.parent is not None else "",
-        metrics={name: value for name, value in metrics.items() if value is not None},
-        notes=plan.notes,
+        metrics={name: value for name, value in metrics.items() if value is not None and math.isfinite(value)},
+        notes=plan.notes if step == position.step else (*plan.notes, _kept_note(training, step, eval_loss)),
     )
+
+
+def _kept_note(training: Training, step: int, eval_loss: float | None) -> str:
+    last = training.position.last_eval_loss
+    losses = "" if eval_loss is None or last is None else f", whose held-out loss was {eval_loss:.4f}, not {last:.4f}"
+    return f"The run went on to step {training.position.step}; the state of step {step} is kept{losses}."
 
 
 def _template(data: DataRef, entry: ModelEntry) -> TemplateRecord | None:

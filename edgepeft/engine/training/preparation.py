@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from edgepeft.engine.kernels import target_of
+from edgepeft.engine.training.ending import reason_to_end
 from edgepeft.engine.training.probe import choose_trials, try_micro_batch
 from edgepeft.engine.training.recovery import first_line, is_out_of_memory, smaller_layout
 from edgepeft.engine.training.step import MicroBatchTooLarge
@@ -34,7 +35,7 @@ def prepare(training: Training, smaller: Cause | None = None) -> bool:
     with training.gauge.watch():
         training.runner.check()
     training.tell_memory("load")
-    if training.position.step >= training.steps:
+    if reason_to_end(training.position, training.steps, training.plan.spec.upkeep) is not None:
         return False
     try:
         _create_state(training)
