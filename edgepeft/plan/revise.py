@@ -82,7 +82,7 @@ def revise(plan: TrainPlan, *, where: str, progress: Progress | None = None) -> 
     data = lengths.summary(recipe.max_seq_len, recipe.overlong)
     check_samples_left(data, recipe)
     steps = steps_of(recipe, data.train_samples)
-    time = time_run(spec, entry.shape, device, lengths, weights_bytes=entry.weights_bytes)
+    time = time_run(spec, entry.shape, device, lengths, entry)
     memory = prediction.memory
     if not is_exact(entry.shape) and plan.dry_run is None:
         # It could not be simulated: the closed form is as unsure as it was.
