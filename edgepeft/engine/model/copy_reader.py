@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from edgepeft.engine.model.copy_layout import (
-    CHECKSUM,
     MAP,
     Form,
     Shapes,

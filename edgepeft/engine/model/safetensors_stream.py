@@ -78,7 +78,7 @@ class SafetensorsStream:
         # numpy knows no bfloat16: the bytes are handed over as integers.
         content = tensor.to(self._dtypes[name]).contiguous().reshape(-1).view(torch.uint8)
         self._file.seek(self._offsets[name])
-        self._file.write(content.numpy())
+        self._file.write(content.numpy().data)
         self._missing.discard(name)
 
     def __exit__(
