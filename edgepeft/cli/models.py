@@ -227,7 +227,7 @@ def _summary(entry: ModelEntry) -> dict[str, Any]:
 
 
 def _copies(entry: ModelEntry) -> str:
-    from edgepeft.models.quantized_copy import list_copies
+    from edgepeft.models.quantized_copy import copy_settings, list_copies
     from edgepeft.units import format_bytes
 
     places = {"cpu": "the CPU", "cuda": "a card"}
@@ -236,6 +236,8 @@ def _copies(entry: ModelEntry) -> str:
         + (f", to be made anew: {copy.problem}" if copy.problem else "")
         for copy in list_copies(entry)
     ]
+    if copy_settings(entry, "nf4", "cpu") is None:
+        return "none: the source is quantized itself"
     return "; ".join(texts) or "none; the first load in nf4 or int8 stores one"
 
 
