@@ -103,7 +103,7 @@ def _load(
     """While weights are read: all of the base, or its linears and what taking over one of them needs.
 
     That of a first load, which quantizes. Later ones read what it stored (`models.quantized_copy`) straight into the
-    memory that keeps it and need less: on the CPU no scratch at all, on a card none beside a matrix in its codes.
+    memory that keeps it and need less: no scratch at all on the device.
     """
     largest = max(shape.linears, key=lambda linear: linear.in_features * linear.out_features)
     entries = largest.in_features * largest.out_features

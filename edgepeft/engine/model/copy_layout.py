@@ -15,10 +15,9 @@ from torch import Tensor
 
 from edgepeft.engine.kernels import target_of
 from edgepeft.engine.model.frozen import FrozenWeight, Int8Weight, Nf4Weight, Workspace
-from edgepeft.errors import EdgepeftError
 from edgepeft.memory.chunks import ABSMAX_BLOCK, NF4_BLOCK
 from edgepeft.models.quantized_copy import CopyPrecision, CopySettings, copy_settings
-from edgepeft.models.store import ModelEntry, verify_unchanged
+from edgepeft.models.store import ModelEntry
 from edgepeft.spec import Precision
 
 Shapes = Mapping[str, tuple[int, int]]
@@ -34,15 +33,6 @@ CHECKSUM = ".weight.crc32"
 def settings_for(entry: ModelEntry, precision: Precision, workspace: Workspace) -> CopySettings | None:
     """The settings of the copy that this load makes or uses; None where there is nothing to store."""
     return copy_settings(entry, precision, target_of(workspace.device).kind)
-
-
-def is_unchanged(entry: ModelEntry) -> bool:
-    """Whether the model's weights are those that its fingerprint was taken of."""
-    try:
-        verify_unchanged(entry)
-    except EdgepeftError:
-        return False
-    return True
 
 
 def tensors_of_all(precision: CopyPrecision, shapes: Shapes) -> dict[str, Form]:

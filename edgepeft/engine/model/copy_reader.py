@@ -14,16 +14,16 @@ from edgepeft.engine.model.copy_layout import (
     Shapes,
     bytes_of,
     checksum,
-    is_unchanged,
     settings_for,
     tensors_of,
     tensors_of_all,
 )
 from edgepeft.engine.model.frozen import FrozenWeight, Int8Weight, Nf4Weight, Workspace
 from edgepeft.engine.model.safetensors_stream import DTYPE_NAMES
+from edgepeft.errors import EdgepeftError
 from edgepeft.models.headers import FileHeader
 from edgepeft.models.quantized_copy import CopyPrecision, CopyUnusableError, copy_path, read_copy_header
-from edgepeft.models.store import ModelEntry
+from edgepeft.models.store import ModelEntry, verify_unchanged
 from edgepeft.spec import Precision
 
 
@@ -40,8 +40,10 @@ def open_copy(entry: ModelEntry, precision: Precision, shapes: Shapes, workspace
     header = read_copy_header(path, settings)
     if header is None:
         return None
-    if not is_unchanged(entry):
-        raise CopyUnusableError("the model's weights have changed since it was added")
+    try:
+        verify_unchanged(entry)
+    except EdgepeftError as error:
+        raise CopyUnusableError(error.what) from error
     return CopyReader(header, path, shapes, settings.precision, workspace)
 
 
@@ -71,8 +73,10 @@ class CopyReader:
             size = math.prod(shape) * dtype.itemsize
             if found is None:
                 raise CopyUnusableError(f"it has no tensor {name}")
-            if (found.dtype, found.shape, found.size_bytes) != (DTYPE_NAMES[dtype], shape, size) or found.begin < 0:
+            if (found.dtype, found.shape, found.size_bytes) != (DTYPE_NAMES[dtype], shape, size):
                 raise CopyUnusableError(f"tensor {name} has another shape or dtype")
+            if type(found.begin) is not int or found.begin < 0:
+                raise CopyUnusableError(f"tensor {name} has no place in it")
         if len(expected) != len(self._tensors):
             raise CopyUnusableError("it holds more tensors than the model has")
         try:

@@ -18,7 +18,6 @@ from edgepeft.engine.model.copy_layout import (
     MAP,
     Shapes,
     checksum,
-    is_unchanged,
     parts_of,
     settings_for,
     tensors_of,
@@ -44,11 +43,9 @@ _ABANDONED_SECONDS = 3600
 def start_copy(
     entry: ModelEntry, precision: Precision, shapes: Shapes, workspace: Workspace, warn: Warn
 ) -> CopyWriter | None:
-    """What writes the copy that this load makes; None where nothing is quantized, or its source has changed."""
+    """What writes the copy that this load makes; None where nothing is quantized here."""
     settings = settings_for(entry, precision, workspace)
-    if settings is None or not is_unchanged(entry):
-        return None
-    return CopyWriter(entry, settings, shapes, workspace, warn)
+    return None if settings is None else CopyWriter(entry, settings, shapes, workspace, warn)
 
 
 class CopyWriter:
@@ -76,6 +73,7 @@ class CopyWriter:
 
     def __enter__(self) -> CopyWriter:
         with self._told():
+            verify_unchanged(self._entry)
             with disk_errors(self._path):
                 # Not the model's own folder: one that was removed meanwhile must not come back.
                 for folder in (self._path.parent.parent, self._path.parent):

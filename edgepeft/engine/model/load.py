@@ -142,7 +142,7 @@ def load_model(
         why = str(error)
     # Outside of the handler: the error held on to what was loaded so far.
     gc.collect()
-    say(f"the stored {precision} copy of {entry.name} is not used and made anew: {why}")
+    say(f"the stored {precision} copy of {entry.name} is not used, it is quantized again: {why}")
     return load(use_copy=False)
 
 
