@@ -112,6 +112,8 @@ class Ready(_Reply, frozen=True, tag="ready"):
     live_bytes: int
     """Live tensor bytes of the base."""
     load_seconds: float
+    warnings: tuple[str, ...] = ()
+    """What a person should know of the loading, as clauses."""
 
 
 class Loading(_Reply, frozen=True, tag="loading"):

@@ -147,6 +147,7 @@ def show(
         "context": f"{shape.context_length:,} tokens",
         "weights in memory": ", ".join(f"{form} {format_bytes(size)}" for form, size in sizes.items()),
         "stored as": f"{entry.stored_as}, {format_bytes(entry.weights_bytes)}",
+        "quantized copies": _copies(entry),
         "chat template": template_kind(Path(entry.folder)),
         "licence": entry.licence or "n/a",
         "weights": entry.weights,
@@ -203,6 +204,7 @@ def _summary(entry: ModelEntry) -> dict[str, Any]:
     """The entry with what is derived from it."""
     import msgspec
 
+    from edgepeft.models.quantized_copy import list_copies
     from edgepeft.models.sizes import size_by_precision
     from edgepeft.models.source_folder import template_kind
 
@@ -211,7 +213,32 @@ def _summary(entry: ModelEntry) -> dict[str, Any]:
         "parameters": entry.shape.parameters,
         "size_by_precision": size_by_precision(entry.shape),
         "template": template_kind(Path(entry.folder)),
+        "quantized_copies": [
+            {
+                "precision": copy.precision,
+                "device": copy.device,
+                "bytes": copy.size_bytes,
+                "path": str(copy.path),
+                "problem": copy.problem or None,
+            }
+            for copy in list_copies(entry)
+        ],
     }
+
+
+def _copies(entry: ModelEntry) -> str:
+    from edgepeft.models.quantized_copy import copy_settings, list_copies
+    from edgepeft.units import format_bytes
+
+    places = {"cpu": "the CPU", "cuda": "a card"}
+    texts = [
+        f"{copy.precision} for {places[copy.device]} {format_bytes(copy.size_bytes)}"
+        + (f", to be made anew: {copy.problem}" if copy.problem else "")
+        for copy in list_copies(entry)
+    ]
+    if copy_settings(entry, "nf4", "cpu") is None:
+        return "none: the source is quantized itself"
+    return "; ".join(texts) or "none; the first load in nf4 or int8 stores one"
 
 
 def _in_short(entry: ModelEntry) -> str:

@@ -32,11 +32,14 @@ def loading_status() -> Iterator[Callable[[str, float | None], None]]:
 
 
 def start_inference(setup: Setup) -> SyncInference:
-    """Starts the process for a setup, with the load's progress on stderr."""
+    """Starts the process for a setup, with the load's progress and what it warns of on stderr."""
     from edgepeft.chat.client import SyncInference
 
     with loading_status() as progress:
-        return SyncInference.start(setup.entry, setup.precision, setup.compute_dtype, setup.device, progress=progress)
+        client = SyncInference.start(setup.entry, setup.precision, setup.compute_dtype, setup.device, progress=progress)
+    for warning in client.ready.warnings if client.ready else ():
+        note(f"Note: {warning}.")
+    return client
 
 
 @contextmanager

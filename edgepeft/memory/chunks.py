@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from edgepeft.memory.target import DeviceKind
+from edgepeft.models import sizes
 from edgepeft.units import MIB
 
 LOSS_SCRATCH_BYTES: dict[DeviceKind, int] = {"cpu": 4 * MIB, "cuda": 64 * MIB}
@@ -19,9 +20,9 @@ transient memory of quantizing and keeps what is dequantized in the cache until 
 QUANTIZING_BYTES: dict[int, float] = {2: 13.5, 4: 9.5}
 """Transient bytes an entry of quantizing to 4 bit on the CPU, beside the result, by the bytes of a source entry;
 measured with bitsandbytes 0.50."""
-NF4_BLOCK = 64
-"""Consecutive entries that share one scale (Dettmers et al. 2023, arXiv 2305.14314, section 3)."""
-ABSMAX_BLOCK = 256
+NF4_BLOCK = sizes.NF4_BLOCK
+"""Consecutive entries that share one scale."""
+ABSMAX_BLOCK = sizes.ABSMAX_BLOCK
 """Scales that share one second-level scale in double quantization."""
 PREFILL_TOKENS = 512
 """Prompt tokens of a chat that go through the model at once; bounds memory, and a cancel waits no longer than one of

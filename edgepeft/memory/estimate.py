@@ -100,7 +100,11 @@ def _given(batch: MicroBatchPlan) -> Ledger:
 def _load(
     shape: ModelShape, precision: Precision, compute_dtype: ComputeDtype, base: Ledger, target: Target
 ) -> tuple[Ledger, str]:
-    """While weights are read: all of the base, or its linears and what taking over one of them needs."""
+    """While weights are read: all of the base, or its linears and what taking over one of them needs.
+
+    That of a first load, which quantizes. Later ones read what it stored (`models.quantized_copy`) straight into the
+    memory that keeps it and need less: no scratch at all on the device.
+    """
     largest = max(shape.linears, key=lambda linear: linear.in_features * linear.out_features)
     entries = largest.in_features * largest.out_features
     scratch = 0

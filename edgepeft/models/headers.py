@@ -32,6 +32,8 @@ class TensorHeader(msgspec.Struct, frozen=True):
     """Its dimensions."""
     size_bytes: int
     """Bytes in the file."""
+    begin: int
+    """Where they begin, counted from the end of the header."""
 
     @property
     def entries(self) -> int:
@@ -42,8 +44,30 @@ class TensorHeader(msgspec.Struct, frozen=True):
         return count
 
 
+class FileHeader(msgspec.Struct, frozen=True):
+    """What a safetensors file says of itself."""
+
+    tensors: tuple[TensorHeader, ...]
+    """In the order of the header."""
+    metadata: dict[str, str]
+    """Free words of whoever wrote it."""
+    data_begin: int
+    """Offset of the first tensor's bytes in the file."""
+    data_end: int
+    """Offset after the last tensor's bytes; the file is at least as long."""
+
+
 def read_header(path: Path) -> list[TensorHeader]:
     """The tensors of one safetensors file.
+
+    Raises:
+        BadInput: the file is cut short, or is no safetensors file.
+    """
+    return list(read_file_header(path).tensors)
+
+
+def read_file_header(path: Path) -> FileHeader:
+    """The header of one safetensors file.
 
     Raises:
         BadInput: the file is cut short, or is no safetensors file.
@@ -63,18 +87,18 @@ def read_header(path: Path) -> list[TensorHeader]:
     tensors = []
     end = 0
     try:
+        metadata = entries.pop("__metadata__", None)
         for name, entry in entries.items():
-            if name == "__metadata__":
-                continue
             begin, stop = entry["data_offsets"]
             end = max(end, stop)
-            tensors.append(TensorHeader(name, entry["dtype"], tuple(entry["shape"]), stop - begin))
+            tensors.append(TensorHeader(name, entry["dtype"], tuple(entry["shape"]), stop - begin, begin))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput("its header is damaged", where=str(path), hint=_ANEW) from error
     if 8 + length + end > size:
         missing = 8 + length + end - size
         raise BadInput(f"the file is cut short: {missing} bytes are missing at its end", where=str(path), hint=_ANEW)
-    return tensors
+    words = metadata if isinstance(metadata, dict) else {}
+    return FileHeader(tuple(tensors), words, 8 + length, 8 + length + end)
 
 
 def weight_files(folder: Path) -> list[Path]:

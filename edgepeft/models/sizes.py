@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from edgepeft.models.shape import ModelShape
 
-NF4_BITS = 4 + 8 / 64 + 32 / (64 * 256)
+NF4_BLOCK = 64
+"""Consecutive entries that share one scale (Dettmers et al. 2023, arXiv 2305.14314, section 3)."""
+ABSMAX_BLOCK = 256
+"""Scales that share one second-level scale in double quantization."""
+NF4_BITS = 4 + 8 / NF4_BLOCK + 32 / (NF4_BLOCK * ABSMAX_BLOCK)
 """Bits of one packed weight: 4, an 8-bit scale for each 64 weights, and a float32 scale for each 256 of those scales
 (double quantization, Dettmers et al. 2023, arXiv 2305.14314)."""
 

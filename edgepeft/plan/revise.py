@@ -89,7 +89,7 @@ def revise(plan: TrainPlan, *, where: str, progress: Progress | None = None) -> 
     if trouble := idle_upkeep(spec.upkeep, data, steps):
         option, what, hint = trouble
         raise BadInput(what, where=f"{where}, spec.upkeep.{option.replace('-', '_')}", hint=hint)
-    time = time_run(spec, entry.shape, device, lengths, weights_bytes=entry.weights_bytes)
+    time = time_run(spec, entry.shape, device, lengths, entry)
     memory = prediction.memory
     if not is_exact(entry.shape) and plan.dry_run is None:
         # It could not be simulated: the closed form is as unsure as it was.

@@ -241,7 +241,7 @@ class Search(Space):
         lengths, entry = self.request.lengths, self.request.entry
         if lengths is None:
             return None
-        return time_run(spec, self.shape, self.request.device, lengths, weights_bytes=entry.weights_bytes)
+        return time_run(spec, self.shape, self.request.device, lengths, entry)
 
     def wants_more(self, chosen: Candidate) -> dict[str, int]:
         """What more memory would make better than it is in a candidate, and from how many bytes on."""

@@ -16,6 +16,7 @@ import numpy as np
 from edgepeft.data.schedule import step_samples, steps_per_epoch
 from edgepeft.memory.calibration import Observation, observations
 from edgepeft.methods import method_of
+from edgepeft.models.quantized_copy import usable_copy_bytes
 from edgepeft.models.shape import ModelShape
 from edgepeft.plan.workloads import Counts, StepList
 from edgepeft.spec import Checkpointing, RunSpec
@@ -23,6 +24,8 @@ from edgepeft.units import format_seconds, format_share
 
 if TYPE_CHECKING:
     from edgepeft.hardware.measured import Measured
+    from edgepeft.models.described import DescribedModel
+    from edgepeft.models.store import ModelEntry
     from edgepeft.plan.device import PlanDevice
     from edgepeft.plan.lengths import SampleLengths
 
@@ -93,7 +96,7 @@ def relative_speed(
 
 
 def time_run(
-    spec: RunSpec, shape: ModelShape, device: PlanDevice, lengths: SampleLengths, *, weights_bytes: int
+    spec: RunSpec, shape: ModelShape, device: PlanDevice, lengths: SampleLengths, entry: ModelEntry | DescribedModel
 ) -> RunTime | None:
     """The time of a whole run: loading, training within its time limit, evaluations; None without a sample to train on.
 
@@ -102,7 +105,7 @@ def time_run(
         shape: its base.
         device: what it runs on.
         lengths: of its samples.
-        weights_bytes: size of the base's files.
+        entry: the base as the store knows it, or its description.
     """
     run = lengths.steps(spec.recipe)
     if run is None:
@@ -119,7 +122,8 @@ def time_run(
     # One of the base before the first step, and one at the end.
     evaluations = (int((run.steps - 1) * share) // every if every else 0) + 2 if len(tokens) else 0
     evaluating = evaluations * evaluation_operations(spec, shape, tokens, trained)
-    loading = load_seconds(spec, shape, device, weights_bytes)
+    copy_bytes = usable_copy_bytes(entry, spec.recipe.precision, device.kind) if device.present else None
+    loading = load_seconds(spec, shape, device, entry.weights_bytes, copy_bytes)
     whole = loading + share * seconds + evaluating / rate.operations_per_second
     return RunTime(training, whole, rate.why if share == 1 else f"{rate.why}; ended by max-time", share)
 
@@ -234,11 +238,26 @@ def _flops(operations_per_second: float) -> str:
     return f"{operations_per_second / 1e9:.3g} GFLOPS"
 
 
-def load_seconds(spec: RunSpec, shape: ModelShape, device: PlanDevice, weights_bytes: int) -> float:
-    """Time from the start of a worker to its first step."""
+def load_seconds(
+    spec: RunSpec, shape: ModelShape, device: PlanDevice, weights_bytes: int, copy_bytes: int | None = None
+) -> float:
+    """Time from the start of a worker to its first step.
+
+    Args:
+        spec: the run.
+        shape: its base.
+        device: what it runs on.
+        weights_bytes: size of the base's files.
+        copy_bytes: of the stored copy of its linears in the run's precision: they are read from it and not quantized;
+            None where there is none yet.
+    """
+    linears = shape.layers * shape.linear_parameters_per_layer
+    if copy_bytes is not None:
+        others = round(weights_bytes * (1 - linears / shape.parameters))
+        return START_SECONDS + (copy_bytes + others) / READ_BYTES_PER_S
     seconds = START_SECONDS + weights_bytes / READ_BYTES_PER_S
     if spec.recipe.precision == "nf4":
-        seconds += shape.layers * shape.linear_parameters_per_layer / QUANTIZED_WEIGHTS_PER_S[device.kind]
+        seconds += linears / QUANTIZED_WEIGHTS_PER_S[device.kind]
     return seconds
 
 

@@ -264,6 +264,21 @@ def test_one_shot_chat_prints_the_answer_alone(entry: ModelEntry, adapter: Path)
     assert "tiny" not in plain.stdout
 
 
+def test_a_chat_stores_what_it_quantized_and_says_where_it_could_not(entry: ModelEntry) -> None:
+    words = ("chat", "tiny", "--precision", "nf4", "--prompt", "Hi", "--max-new-tokens", "5", "--temperature", "0")
+    in_the_way = Path(entry.folder) / "quantized"
+    in_the_way.write_text("a file")
+    told = edgepeft(*words, "--gpu", "cpu")
+    in_the_way.unlink()
+    assert told.returncode == 0, told.stderr
+    assert "Note: the nf4 copy of tiny is not stored, so the next load quantizes again" in " ".join(told.stderr.split())
+    for _ in range(2):
+        again = edgepeft(*words, "--gpu", "cpu")
+        assert (again.returncode, again.stdout) == (0, told.stdout), again.stderr
+        assert "copy" not in again.stderr
+        assert (in_the_way / "nf4" / "cpu.safetensors").is_file()
+
+
 def test_eval_command_prints_scores_and_rows(entry: ModelEntry, tmp_path: Path) -> None:
     path = write_alpaca(tmp_path / "data.jsonl", 3)
     told = edgepeft("eval", "tiny", "--data", str(path), "--max-new-tokens", "3", "--gpu", "cpu", "--json")

@@ -1,13 +1,16 @@
 """A base model in memory: transformers' own model code, its decoder linears replaced by frozen, adaptable ones.
 
 Source weights are memory-mapped and taken over one matrix at a time, so that loading needs little more than the frozen
-model itself. Nothing of the source file is referred to afterwards.
+model itself. Nothing of the source file is referred to afterwards. What is quantized is stored beside the model's entry
+on the way; from then on the linears come from that copy, and those of the source are not read.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import gc
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any, cast
@@ -19,17 +22,22 @@ from transformers import PreTrainedModel
 from edgepeft.engine.kernels import to_device
 from edgepeft.engine.ledger import assign, mark_place
 from edgepeft.engine.model.checkpoint import open_checkpoint, take_weight
+from edgepeft.engine.model.copy_reader import CopyReader, open_copy
+from edgepeft.engine.model.copy_writer import CopyWriter, start_copy
 from edgepeft.engine.model.frozen import DTYPES, DenseWeight, FrozenWeight, Workspace, freeze
 from edgepeft.engine.model.fused import fuse
 from edgepeft.engine.model.linear import AdaptedLinear
 from edgepeft.errors import BadInput
 from edgepeft.memory.breakdown import Category
+from edgepeft.models.quantized_copy import CopyUnusableError
 from edgepeft.models.shape import ModelShape
 from edgepeft.models.store import ModelEntry
 from edgepeft.spec import ComputeDtype, Precision
 
 Progress = Callable[[str, float | None], None]
 """Told what is being done and which share of it is done, if known."""
+Warn = Callable[[str], None]
+"""Told what a person should know, as a clause."""
 
 ROUTERS = frozenset({"gate", "router", "shared_expert_gate"})
 """Linears that choose experts: small, and their choice suffers from quantizing. They stay plain linears."""
@@ -108,8 +116,11 @@ def load_model(
     device: torch.device,
     dense_values: bool = False,
     progress: Progress | None = None,
+    warn: Warn | None = None,
 ) -> LoadedModel:
     """Loads `entry` with its decoder linears in `precision` and everything else in the compute dtype.
+
+    In nf4 and int8 the linears come from the stored copy, or are quantized and stored for the next load.
 
     Args:
         entry: a model of the store.
@@ -118,30 +129,77 @@ def load_model(
         device: where everything ends up.
         dense_values: quantize, then hold the dequantized values densely: the same numbers, more memory, and faster
             single-row products on the CPU.
-        progress: told "loading …" with the share done.
+        progress: told "loading …", and whether it is storing, with the share done.
+        warn: told why a stored copy is not used, or none is stored; without it `progress` is.
 
     Raises:
         BadInput: a file is missing or damaged, a tensor is missing, or the architecture is not supported.
     """
     tell = progress or (lambda what, fraction: None)
-    tell("opening the weights", None)
+    say = warn or (lambda message: tell(message, None))
+
+    def load(*, use_copy: bool) -> LoadedModel:
+        return _load(
+            entry, precision, compute_dtype, device, use_copy=use_copy, dense=dense_values, progress=tell, warn=say
+        )
+
+    try:
+        return load(use_copy=True)
+    except CopyUnusableError as error:
+        why = str(error)
+    # Outside of the handler: the error held on to what was loaded so far.
+    gc.collect()
+    say(f"the stored {precision} copy of {entry.name} is not used, it is quantized again: {why}")
+    return load(use_copy=False)
+
+
+def _load(
+    entry: ModelEntry,
+    precision: Precision,
+    compute_dtype: ComputeDtype,
+    device: torch.device,
+    *,
+    use_copy: bool,
+    dense: bool,
+    progress: Progress,
+    warn: Warn,
+) -> LoadedModel:
+    """See `load_model`.
+
+    Raises:
+        CopyUnusableError: the stored copy must not be used.
+    """
+    progress("opening the weights", None)
     dtype = DTYPES[compute_dtype]
     workspace = Workspace(device, dtype)
     model, merged = open_checkpoint(entry, dtype)
     model.requires_grad_(False)
-    take_over(
-        model,
-        precision,
-        compute_dtype,
-        workspace,
-        merged=merged,
-        dense_values=dense_values,
-        progress=tell,
-        name=entry.name,
-    )
+    linears = _linears_of(model, decoder_layers(inner_decoder(model)))
+    shapes = {path: _shape(getattr(parent, child)) for parent, child, path, _ in linears}
+    with contextlib.ExitStack() as files:
+        stored = open_copy(entry, precision, shapes, workspace) if use_copy else None
+        storing = None if stored is not None else start_copy(entry, precision, shapes, workspace, warn)
+        for copy in (stored, storing):
+            if copy is not None:
+                files.enter_context(copy)
+        take_over(
+            model,
+            precision,
+            compute_dtype,
+            workspace,
+            merged=merged,
+            dense_values=dense,
+            progress=progress,
+            name=entry.name,
+            stored=stored,
+            storing=storing,
+        )
+        if storing is not None:
+            progress(f"storing {precision} of {entry.name}", None)
+            storing.finish()
     model.eval()
     _give_back_freed_memory()
-    tell(f"loading {entry.name}", 1.0)
+    progress(f"loading {entry.name}", 1.0)
     return LoadedModel(model, entry, device, compute_dtype, workspace)
 
 
@@ -155,6 +213,8 @@ def take_over(
     dense_values: bool = False,
     progress: Progress,
     name: str,
+    stored: CopyReader | None = None,
+    storing: CopyWriter | None = None,
 ) -> None:
     """Takes every weight of an opened model into memory of its own on the workspace's device; see `load_model`.
 
@@ -167,19 +227,28 @@ def take_over(
         dense_values: see `load_model`.
         progress: told how far it is.
         name: of the model, for `progress` and errors.
+        stored: where the linears' quantized weights come from, instead of the model.
+        storing: is given each quantized weight.
 
     Raises:
         BadInput: the model has no linears.
+        CopyUnusableError: what is stored is damaged.
     """
     device, dtype = workspace.device, DTYPES[compute_dtype]
     layers = decoder_layers(inner_decoder(model))
-    targets = list(_linears_of(model, layers))
+    targets = _linears_of(model, layers)
+    what = f"loading {name}" if storing is None else f"loading {name}, storing {precision}"
     taken = 0
     for done, (parent, child, path, layer) in enumerate(targets):
-        progress(f"loading {name}", done / len(targets))
+        progress(what, done / len(targets))
         mark_place(f"loading layer {layer}")
         linear = getattr(parent, child)
-        weight = _frozen(linear, precision, compute_dtype, device, workspace)
+        if stored is not None:
+            weight = stored.read(path)
+        else:
+            weight = _frozen(linear, precision, compute_dtype, device, workspace)
+        if storing is not None:
+            storing.write(path, weight)
         if dense_values and not isinstance(weight, DenseWeight):
             dense = torch.empty(weight.shape, dtype=dtype, device=device)
             weight = DenseWeight(weight.materialize(dense), workspace)
@@ -234,6 +303,10 @@ def _linears_of(model: PreTrainedModel, layers: list[nn.Module]) -> list[tuple[n
         for child, module in parent.named_children()
         if isinstance(module, nn.Linear) and child not in ROUTERS
     ]
+
+
+def _shape(linear: nn.Linear) -> tuple[int, int]:
+    return linear.out_features, linear.in_features
 
 
 def _frozen(

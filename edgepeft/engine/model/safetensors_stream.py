@@ -13,29 +13,50 @@ from typing import BinaryIO
 
 import torch
 
-_DTYPE_NAMES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+DTYPE_NAMES = {
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.uint8: "U8",
+    torch.int8: "I8",
+}
+"""What safetensors calls the dtypes that are written here."""
 
 
 class SafetensorsStream:
     """The file's header is written first, since all shapes are known; tensors then come in any order.
 
     The format: 8 bytes of little-endian header length, a JSON header, then the bytes of all tensors without gaps.
+
+    Args:
+        path: of the file.
+        shapes: of all tensors by name, in the file's order.
+        dtype: of all of them, or of each by name.
+        metadata: words for the header.
     """
 
-    def __init__(self, path: Path, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        path: Path,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: torch.dtype | Mapping[str, torch.dtype],
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
         self._path = path
-        self._dtype = dtype
+        self._dtypes = dict.fromkeys(shapes, dtype) if isinstance(dtype, torch.dtype) else dict(dtype)
+        self._metadata = {"format": "pt", **(metadata or {})}
         self._shapes = dict(shapes)
         self._offsets: dict[str, int] = {}
         self._missing = set(shapes)
         self._file: BinaryIO | None = None
 
     def __enter__(self) -> SafetensorsStream:
-        header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, object] = {"__metadata__": self._metadata}
         offset = 0
         for name, shape in self._shapes.items():
-            stop = offset + math.prod(shape) * self._dtype.itemsize
-            header[name] = {"dtype": _DTYPE_NAMES[self._dtype], "shape": list(shape), "data_offsets": [offset, stop]}
+            dtype = self._dtypes[name]
+            stop = offset + math.prod(shape) * dtype.itemsize
+            header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, stop]}
             self._offsets[name] = offset
             offset = stop
         encoded = json.dumps(header, separators=(",", ":")).encode()
@@ -46,7 +67,7 @@ class SafetensorsStream:
         return self
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Rounds `tensor` to the file's dtype and writes it at its place.
+        """Rounds `tensor`, on the CPU, to its dtype in the file and writes it at its place.
 
         Raises:
             ValueError: the name or the shape is not what was announced.
@@ -55,9 +76,9 @@ class SafetensorsStream:
             expected = self._shapes.get(name)
             raise ValueError(f"tensor {name} has shape {tuple(tensor.shape)}, announced was {expected}")
         # numpy knows no bfloat16: the bytes are handed over as integers.
-        content = tensor.to(self._dtype).contiguous().view(torch.int16)
+        content = tensor.to(self._dtypes[name]).contiguous().reshape(-1).view(torch.uint8)
         self._file.seek(self._offsets[name])
-        content.reshape(-1).numpy().tofile(self._file)
+        self._file.write(content.numpy().data)
         self._missing.discard(name)
 
     def __exit__(

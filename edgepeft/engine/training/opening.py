@@ -110,7 +110,12 @@ def load_base(
     try:
         with account.gauge.watch(itemised=True):
             return load_model(
-                entry, precision=recipe.precision, compute_dtype=recipe.compute_dtype, device=device, progress=progress
+                entry,
+                precision=recipe.precision,
+                compute_dtype=recipe.compute_dtype,
+                device=device,
+                progress=progress,
+                warn=lambda message: emit(Warned(message=message)),
             )
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

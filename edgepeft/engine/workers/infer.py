@@ -58,6 +58,7 @@ def load_and_serve(requests: BinaryIO, replies: BinaryIO, options: argparse.Name
     from edgepeft.engine.training.recovery import is_out_of_memory
     from edgepeft.models.store import find_model
 
+    warnings: list[str] = []
     device = training_device(options.device, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         loaded = load_model(
@@ -67,6 +68,7 @@ def load_and_serve(requests: BinaryIO, replies: BinaryIO, options: argparse.Name
             device=device,
             dense_values=device.type == "cpu",
             progress=lambda what, fraction: _send(replies, Loading(id=0, what=what, fraction=fraction)),
+            warn=warnings.append,
         )
         session = Session(loaded, options.budget)
     except (RuntimeError, MemoryError) as error:
@@ -80,6 +82,7 @@ def load_and_serve(requests: BinaryIO, replies: BinaryIO, options: argparse.Name
         precision=options.precision,
         live_bytes=session.live_bytes,
         load_seconds=time.perf_counter() - begun,
+        warnings=tuple(warnings),
     )
     _send(replies, ready)
     serve(Wire(requests, replies), session)
