@@ -92,7 +92,7 @@ def simulate(config: Any, layers: int, request: DryRunRequest, *, period: int) -
             mark_place(f"after {phase}")
             ledger.restart_peaks()
 
-        with ledger, fake_operations(), counting_as("workspace", "loading"):
+        with counting_as("workspace", "loading"), ledger, fake_operations():
             take_over(
                 model,
                 recipe.precision,
