@@ -63,7 +63,9 @@ def kill_worker(run: RunFolder) -> None:
 
 
 def command(*arguments: str, steps: int = 6) -> subprocess.Popen[str]:
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    # Before what is there: a worktree is tested by naming it in PYTHONPATH.
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path}
     return subprocess.Popen(
         [sys.executable, "-c", COMMAND_LINE, str(steps), *arguments],
         stdin=subprocess.DEVNULL,
