@@ -63,8 +63,9 @@ def kill_worker(run: RunFolder) -> None:
 
 
 def command(*arguments: str, steps: int = 6) -> subprocess.Popen[str]:
-    paths = [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+    # Before what is there: a worktree is tested by naming it in PYTHONPATH.
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path}
     return subprocess.Popen(
         [sys.executable, "-c", COMMAND_LINE, str(steps), *arguments],
         stdin=subprocess.DEVNULL,
@@ -265,6 +266,8 @@ def test_killed_twice_it_is_lost_with_a_hint(monkeypatch: pytest.MonkeyPatch) ->
     assert sum(isinstance(event, Started) for event in read_events(run.events_file)) == 2
     # Resumed by a person, it may be saved by itself once more.
     monkeypatch.setenv("TOY_KILLED", "6")
+    # Whoever resumes it looks before it dies, on a busy machine too.
+    monkeypatch.setenv("TOY_STEP_SECONDS", "0.3")
     code, _, err = finish(command("runs", "resume", "twice-1"))
     assert code == ExitCode.DONE, err
     assert "goes on by itself" in err
