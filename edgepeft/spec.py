@@ -20,6 +20,7 @@ ComputeDtype = Literal["fp32", "bf16", "fp16"]
 Overlong = Literal["truncate", "drop"]
 TrainOn = Literal["assistant", "all"]
 Checkpointing = Literal["layer", "none"]
+OptimizerName = Literal["adamw", "adamw8bit"]
 
 
 class BaseRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -61,9 +62,12 @@ class DataRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Optimizer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with float32 states."""
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101)."""
 
-    name: Literal["adamw"] = "adamw"
+    name: OptimizerName = "adamw"
+    """`adamw` keeps float32 states; `adamw8bit` keeps those of larger tensors in 8 bit (Dettmers et al. 2021, arXiv
+    2110.02861). A plan never takes that by itself: a low-rank adapter's states are small beside everything else, so 8
+    bit saves little there and costs exactness."""
     learning_rate: float = 2e-4
     """Peak rate, after warm-up."""
     weight_decay: float = 0.0
@@ -72,6 +76,8 @@ class Optimizer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 switches it off."""
+    lora_plus_ratio: float = 1.0
+    """Learning rate of LoRA's B over that of A: LoRA+ (Hayou et al. 2024, arXiv 2402.12354); 1 trains both alike."""
 
 
 class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -8,7 +8,7 @@ from typing import Any, get_args
 import msgspec
 
 from edgepeft.errors import UsageError
-from edgepeft.spec import Checkpointing, ComputeDtype, Overlong, Precision
+from edgepeft.spec import Checkpointing, ComputeDtype, OptimizerName, Overlong, Precision
 
 Pins = dict[str, Any]
 """Option name, with underscores → typed value, of the right type and in range."""
@@ -19,6 +19,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "overlong": get_args(Overlong),
     "checkpointing": get_args(Checkpointing),
     "schedule": ("cosine", "linear", "constant"),
+    "optimizer": get_args(OptimizerName),
 }
 _COUNTS: dict[str, int] = {
     "rank": 1,
@@ -56,6 +57,8 @@ def check_pins(overrides: dict[str, Any]) -> Pins:
             pins[name] = _number(where, value, low, high, hint, above=True)
         elif name in _SHARES:
             pins[name] = _share(where, value)
+        elif name == "lora_plus_ratio":
+            pins[name] = _number(where, value, 1, 1000, "Usual are 2 to 16; 1 switches LoRA+ off", above=False)
         elif name == "weight_decay":
             pins[name] = _number(where, value, 0, 1, "Usual are 0 to 0.1", above=False)
         elif name == "targets":

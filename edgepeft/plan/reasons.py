@@ -69,6 +69,8 @@ def shown_values(spec: RunSpec) -> dict[str, str]:
         "epochs": f"{recipe.epochs:g}",
         "max-steps": "none" if recipe.max_steps is None else str(recipe.max_steps),
         "learning-rate": f"{recipe.optimizer.learning_rate:.2g}",
+        "lora-plus-ratio": f"{recipe.optimizer.lora_plus_ratio:g}",
+        "optimizer": recipe.optimizer.name,
         "weight-decay": f"{recipe.optimizer.weight_decay:g}",
         "schedule": recipe.schedule.name,
         "warmup": format_share(recipe.schedule.warmup_fraction, digits=0),
@@ -127,6 +129,9 @@ def describe(
     if recipe.max_steps is not None:
         add("max-steps", preset.max_steps.description, "preset")
     add("learning-rate", _rate_why(search))
+    if "lora_plus_ratio" in pins:
+        add("lora-plus-ratio", _TYPED)
+    add("optimizer", "float32 states: those of an adapter are small")
     add("weight-decay", preset.weight_decay.description, "preset")
     add("schedule", preset.schedule.description, "preset")
     add("warmup", preset.warmup_fraction.description, "preset")

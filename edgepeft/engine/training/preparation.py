@@ -16,6 +16,7 @@ from edgepeft.engine.training.recovery import first_line, is_out_of_memory, smal
 from edgepeft.engine.training.step import MicroBatchTooLarge
 from edgepeft.engine.training.stopping import StopRun
 from edgepeft.errors import OutOfMemory
+from edgepeft.memory.optimizer import state_bytes
 from edgepeft.plan.workloads import MicroBatchSize, StepList
 from edgepeft.runs.events import Cause, PhaseChanged, Warned
 from edgepeft.units import format_bytes
@@ -56,7 +57,8 @@ def _create_state(training: Training) -> None:
         if not is_out_of_memory(error):
             raise
         failed = first_line(error)
-    needed = 2 * sum(parameter.nbytes for parameter in training.update.parameters.values())
+    sizes = [parameter.numel() for parameter in training.update.parameters.values()]
+    needed = state_bytes(training.plan.spec.recipe.optimizer.name, sizes)
     raise OutOfMemory(
         f"the optimizer's state of {format_bytes(needed)} does not fit beside the model ({failed})",
         hint="Close other programs and resume the run, or plan again with a smaller --rank or a larger --budget",
