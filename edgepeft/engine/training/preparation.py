@@ -33,7 +33,9 @@ def prepare(training: Training, smaller: Cause | None = None) -> bool:
     """
     training.emit(PhaseChanged(name="load", detail="trying the model on a few tokens"))
     with training.gauge.watch():
-        training.runner.check()
+        told = training.runner.check()
+    if told:
+        training.emit(Warned(message=told, step=training.position.step))
     training.tell_memory("load")
     if training.position.step >= training.steps:
         return False
