@@ -19,7 +19,7 @@ Precision = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
 ComputeDtype = Literal["fp32", "bf16", "fp16"]
 Overlong = Literal["truncate", "drop"]
 TrainOn = Literal["assistant", "all"]
-Checkpointing = Literal["layer", "none"]
+Checkpointing = Literal["layer", "none", "offload"]
 OptimizerName = Literal["adamw", "adamw8bit"]
 
 
@@ -123,7 +123,8 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     micro_batch_tokens: int
     """Token cap of one packed micro-batch; a single longer sample still forms its own micro-batch."""
     checkpointing: Checkpointing = "layer"
-    """`layer` keeps each decoder layer's input and recomputes the rest in backward."""
+    """`layer` keeps each decoder layer's input and recomputes the rest in backward; `offload` keeps the inputs in the
+    host's RAM, on a card; on the CPU, where they lie in RAM anyway, it is `layer`."""
     loss_chunk_tokens: int = 256
     """Rows of hidden states whose logits exist at one time."""
 

@@ -65,7 +65,12 @@ def estimate_training(spec: RunSpec, shape: ModelShape, workload: Workload, targ
             "workspace": workspace_bytes(shape, recipe.precision, recipe.compute_dtype),
         },
     )
-    step = train(batch, checkpointed=layout.checkpointing == "layer", alone=workload.alone)
+    step = train(
+        batch,
+        checkpointed=layout.checkpointing != "none",
+        alone=workload.alone,
+        offloaded=layout.checkpointing == "offload" and target.kind == "cuda",
+    )
     before: Ledger = {} if workload.alone else {"gradients": trained}
     phases: list[tuple[PhaseName, Ledger, str]] = [
         ("load", *_load(shape, recipe.precision, recipe.compute_dtype, base, target)),

@@ -80,7 +80,8 @@ def _trials(training: Training) -> list[MicroBatchSize]:
 def _begin_smaller(training: Training, cause: Cause) -> None:
     """Takes the next smaller layout, since the worker before this one did not survive the one in force."""
     largest = max(_trials(training), key=lambda size: size.tokens, default=None)
-    found = largest and smaller_layout(training.position.layout, largest.tokens, len(largest.samples))
+    layout, card = training.position.layout, training.loaded.device.type == "cuda"
+    found = largest and smaller_layout(layout, largest.tokens, len(largest.samples), card=card)
     if found:
         training.take_layout(*found, cause)
     else:
