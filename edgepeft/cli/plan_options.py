@@ -95,7 +95,7 @@ class PlanOptions(msgspec.Struct, frozen=True):
     ] = None
     checkpointing: Annotated[
         str | None,
-        typer.Option("--checkpointing", help="Activation checkpointing: layer or none.", show_default=False),
+        typer.Option("--checkpointing", help="Activation checkpointing: layer, none or offload.", show_default=False),
     ] = None
     loss_chunk_tokens: Annotated[
         int | None,

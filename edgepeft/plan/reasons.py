@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from edgepeft.errors import BadInput
+from edgepeft.memory.weights import ELEMENT_BYTES
 from edgepeft.methods import method_of
-from edgepeft.plan.speed import say_time
+from edgepeft.plan.speed import OFFLOAD_SPEED, say_time
 from edgepeft.plan.train_plan import Choice, DataSummary, Origin
 from edgepeft.spec import Recipe, RunSpec
 from edgepeft.units import format_bytes, format_count, format_share
@@ -198,9 +199,22 @@ def notes_of(search: Search, chosen: Candidate, data: DataSummary | None) -> tup
         )
     if not device.present:
         notes.append(f"{device.name} is not in this machine: the plan is for one that has it.")
+    if chosen.checkpointing == "offload":
+        notes.append(_offload_note(search, chosen))
     if device.kind == "cuda":
         notes.append("CUDA context and allocator slack are assumptions here, not measurements.")
     return tuple(notes)
+
+
+def _offload_note(search: Search, chosen: Candidate) -> str:
+    if search.request.device.kind == "cpu":
+        return "On the CPU --checkpointing offload is layer: inputs of layers lie in RAM anyway."
+    shape, tokens = search.shape, search.count(chosen).workload.tokens
+    held = ELEMENT_BYTES[search.compute_dtype] * shape.layers * shape.hidden * tokens
+    return (
+        f"Between forward and backward {format_bytes(held)} of inputs of layers lie in pinned RAM, which must be free. "
+        f"That copying them costs {_slower()} of the speed is an assumption."
+    )
 
 
 def _correction_note(search: Search) -> str:
@@ -270,7 +284,13 @@ def _micro_batch_why(search: Search, chosen: Candidate) -> str:
 def _checkpointing_why(search: Search, chosen: Candidate) -> str:
     if chosen.checkpointing == "none":
         return "activations fit, nothing is computed twice"
+    if chosen.checkpointing == "offload" and search.request.device.kind == "cuda":
+        return f"inputs of layers lie in RAM: on the card they do not fit; some {_slower()} slower again (assumed)"
     return "less memory, about a third slower"
+
+
+def _slower() -> str:
+    return format_share(1 - OFFLOAD_SPEED, digits=0)
 
 
 def _chunk_why(search: Search, chosen: Candidate) -> str:

@@ -31,6 +31,9 @@ SATURATION: dict[Literal["cpu", "cuda"], tuple[int, int]] = {"cpu": (64, 2048), 
 thumb."""
 RECOMPUTE_SPEED = 2 / 3
 """Speed with checkpointing, as a share: 4 operations of 6."""
+OFFLOAD_SPEED = 0.95
+"""Speed of checkpointing with inputs in the host's RAM, as a share of that with inputs on the card: an assumption. An
+input takes microseconds a token over PCIe, the layer that it is copied beside tens of them."""
 CHUNK_COST = 4.0
 """Rows of logits whose work one more launch is worth; it ranks chunk sizes and nothing else."""
 ASSUMED_SHARE: dict[tuple[str, str], float] = {("cpu", "bf16"): 0.15, ("cpu", "fp32"): 0.45}
@@ -85,8 +88,10 @@ def relative_speed(
     half, most = SATURATION[kind]
     tokens = min(most, tokens)
     speed = tokens / (tokens + half)
-    if checkpointing == "layer":
+    if checkpointing != "none":
         speed *= RECOMPUTE_SPEED
+    if checkpointing == "offload" and kind == "cuda":
+        speed *= OFFLOAD_SPEED
     return speed * loss_chunk_tokens / (loss_chunk_tokens + CHUNK_COST)
 
 
@@ -114,7 +119,9 @@ def time_run(
     evaluations = ((run.steps - 1) // every if every else 0) + 1 if len(tokens) else 0
     evaluating = evaluations * evaluation_operations(spec, shape, tokens, trained)
     loading = load_seconds(spec, shape, device, weights_bytes)
-    return RunTime(training, loading + (training + evaluating) / rate.operations_per_second, rate.why)
+    offloads = spec.layout.checkpointing == "offload" and device.kind == "cuda"
+    slowed = training / OFFLOAD_SPEED if offloads else training
+    return RunTime(training, loading + (slowed + evaluating) / rate.operations_per_second, rate.why)
 
 
 def _unknown(device: PlanDevice, shape: ModelShape) -> str:
@@ -130,7 +137,7 @@ def training_operations(spec: RunSpec, shape: ModelShape, run: StepList) -> floa
     times += whole
     for step in range(run.steps - rest, run.steps):
         times[step_samples(len(run.tokens), run.samples_per_step, step, run.seed)] += 1
-    recomputed = spec.layout.checkpointing == "layer"
+    recomputed = spec.layout.checkpointing != "none"
     return _operations(spec, shape, run.tokens, run.trained, times, passes=3 if recomputed else 2, learn=True)
 
 

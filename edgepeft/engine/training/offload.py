@@ -2,8 +2,8 @@
 
 An input is copied to pinned memory on a stream of its own while its layer runs, and leaves the card behind it; in
 backward it is brought back while the layer above it is computed. So two inputs at most lie on the card: that of the
-layer at work, and that of the next one. Copies change no bit. Compare Rajbhandari et al. 2021, *ZeRO-Infinity* (arXiv 2104.07857,
-section 5.2.3).
+layer at work, and that of the next one. Copies change no bit. Compare Rajbhandari et al. 2021, *ZeRO-Infinity* (arXiv
+2104.07857, section 5.2.3).
 """
 
 from __future__ import annotations
