@@ -19,7 +19,8 @@ Precision = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
 ComputeDtype = Literal["fp32", "bf16", "fp16"]
 Overlong = Literal["truncate", "drop"]
 TrainOn = Literal["assistant", "all"]
-Checkpointing = Literal["layer", "none"]
+Checkpointing = Literal["layer", "none", "offload"]
+OptimizerName = Literal["adamw", "adamw8bit"]
 Keep = Literal["best", "last"]
 """Which state of a run becomes its adapter: that of the best evaluation, or the last one."""
 MOST_SAMPLE_PROMPTS = 8
@@ -65,9 +66,12 @@ class DataRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Optimizer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with float32 states."""
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101)."""
 
-    name: Literal["adamw"] = "adamw"
+    name: OptimizerName = "adamw"
+    """`adamw` keeps float32 states; `adamw8bit` keeps those of larger tensors in 8 bit (Dettmers et al. 2021, arXiv
+    2110.02861). A plan never takes that by itself: a low-rank adapter's states are small beside everything else, so 8
+    bit saves little there and costs exactness."""
     learning_rate: float = 2e-4
     """Peak rate, after warm-up."""
     weight_decay: float = 0.0
@@ -76,6 +80,8 @@ class Optimizer(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     epsilon: float = 1e-8
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 switches it off."""
+    lora_plus_ratio: float = 1.0
+    """Learning rate of LoRA's B over that of A: LoRA+ (Hayou et al. 2024, arXiv 2402.12354); 1 trains both alike."""
 
 
 class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -124,9 +130,11 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     def digest(self) -> str:
         """`sha256:…` of the recipe's canonical JSON; a checkpoint resumes only under the recipe it was made with."""
         content = msgspec.to_builtins(self)
+        # What recipes did not have at first is left out where it changes nothing: older checkpoints stay good.
         if self.parent is None:
-            # Checkpoints from before recipes had parents stay good.
             del content["parent"]
+        if self.optimizer.lora_plus_ratio == 1.0:
+            del content["optimizer"]["lora_plus_ratio"]
         return "sha256:" + hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()
 
 
@@ -136,7 +144,8 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     micro_batch_tokens: int
     """Token cap of one packed micro-batch; a single longer sample still forms its own micro-batch."""
     checkpointing: Checkpointing = "layer"
-    """`layer` keeps each decoder layer's input and recomputes the rest in backward."""
+    """`layer` keeps each decoder layer's input and recomputes the rest in backward; `offload` keeps the inputs in the
+    host's RAM, on a card; on the CPU, where they lie in RAM anyway, it is `layer`."""
     loss_chunk_tokens: int = 256
     """Rows of hidden states whose logits exist at one time."""
     deterministic: bool = False

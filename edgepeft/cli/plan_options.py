@@ -78,6 +78,14 @@ class PlanOptions(msgspec.Struct, frozen=True):
     learning_rate: Annotated[
         float | None, typer.Option("--learning-rate", "--lr", help="Peak learning rate.", show_default=False)
     ] = None
+    lora_plus_ratio: Annotated[
+        float | None,
+        typer.Option("--lora-plus-ratio", help="LoRA+: learning rate of B over that of A.", show_default=False),
+    ] = None
+    optimizer: Annotated[
+        str | None,
+        typer.Option("--optimizer", help="adamw, or adamw8bit for states in 8 bit.", show_default=False),
+    ] = None
     weight_decay: Annotated[
         float | None, typer.Option("--weight-decay", help="AdamW's weight decay.", show_default=False)
     ] = None
@@ -91,7 +99,7 @@ class PlanOptions(msgspec.Struct, frozen=True):
     ] = None
     checkpointing: Annotated[
         str | None,
-        typer.Option("--checkpointing", help="Activation checkpointing: layer or none.", show_default=False),
+        typer.Option("--checkpointing", help="Activation checkpointing: layer, none or offload.", show_default=False),
     ] = None
     loss_chunk_tokens: Annotated[
         int | None,

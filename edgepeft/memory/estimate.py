@@ -11,6 +11,7 @@ from edgepeft.memory.breakdown import Breakdown, Category, Phase, PhaseName
 from edgepeft.memory.chunks import CPU_CHUNK, NF4_BLOCK, QUANTIZING_BYTES
 from edgepeft.memory.micro_batch import MicroBatchPlan, Place, evaluate, train
 from edgepeft.memory.operations import FLOAT32
+from edgepeft.memory.optimizer import state_bytes, trained_sizes
 from edgepeft.memory.slack import slack_bytes
 from edgepeft.memory.tape import CATEGORIES
 from edgepeft.memory.target import DeviceKind, Target
@@ -60,12 +61,16 @@ def estimate_training(spec: RunSpec, shape: ModelShape, workload: Workload, targ
         base,
         {
             "adapter weights": trained,
-            # Two moments of every entry, and the step of every tensor.
-            "optimizer state": 2 * trained + FLOAT32 * shape.layers * batch.tensors_of_layer,
+            "optimizer state": _states(spec, shape, trained, shape.layers * batch.tensors_of_layer),
             "workspace": workspace_bytes(shape, recipe.precision, recipe.compute_dtype),
         },
     )
-    step = train(batch, checkpointed=layout.checkpointing == "layer", alone=workload.alone)
+    step = train(
+        batch,
+        checkpointed=layout.checkpointing != "none",
+        alone=workload.alone,
+        offloaded=layout.checkpointing == "offload" and target.kind == "cuda",
+    )
     before: Ledger = {} if workload.alone else {"gradients": trained}
     phases: list[tuple[PhaseName, Ledger, str]] = [
         ("load", *_load(shape, recipe.precision, recipe.compute_dtype, base, target)),
@@ -90,6 +95,13 @@ def workspace_bytes(shape: ModelShape, precision: Precision, compute_dtype: Comp
         return 0
     largest = max(linear.in_features * linear.out_features for linear in shape.linears)
     return ELEMENT_BYTES[compute_dtype] * largest + (NF4_MAP_BYTES if precision == "nf4" else 0)
+
+
+def _states(spec: RunSpec, shape: ModelShape, trained_bytes: int, tensors: int) -> int:
+    if spec.recipe.optimizer.name == "adamw":
+        # Two moments of every entry, and the step of every tensor.
+        return 2 * trained_bytes + FLOAT32 * tensors
+    return state_bytes(spec.recipe.optimizer.name, shape.layers * trained_sizes(spec.recipe.method, shape))
 
 
 def _given(batch: MicroBatchPlan) -> Ledger:

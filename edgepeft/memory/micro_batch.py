@@ -81,18 +81,19 @@ class Place(msgspec.Struct, frozen=True):
         return sum(self.by_category)
 
 
-def train(plan: MicroBatchPlan, *, checkpointed: bool, alone: bool) -> Place:
+def train(plan: MicroBatchPlan, *, checkpointed: bool, alone: bool, offloaded: bool = False) -> Place:
     """The highest point of forward and backward.
 
     Args:
         plan: the micro-batch.
         checkpointed: whether layers keep only their input.
         alone: whether gradients come into being in this backward instead of being there already.
+        offloaded: whether those inputs lie on the host.
     """
     tape = Tape("forward")
     tape.nodes = []
     layers = _Layers(plan.kind_of_layer, FLOAT32 * plan.parameters_of_layer if alone else 0)
-    hidden = _forward(plan, tape, layers, checkpointed=checkpointed)
+    hidden = _forward(plan, tape, layers, checkpointed=checkpointed, offloaded=offloaded)
     tape.enter("loss")
     tape.category = LOSS
     gradient = _loss(plan.loss, tape)
@@ -179,7 +180,9 @@ class _Layers:
         return tuple(found)
 
 
-def _forward(plan: MicroBatchPlan, tape: Tape, layers: _Layers, *, checkpointed: bool) -> Tensor:
+def _forward(
+    plan: MicroBatchPlan, tape: Tape, layers: _Layers, *, checkpointed: bool, offloaded: bool = False
+) -> Tensor:
     """The hidden states after the final norm."""
     ops = Operations(tape, plan.tokens, plan.compute_bytes, plan.angle_bytes, converts=plan.converts)
     size = plan.tokens * plan.loss.row_bytes
@@ -193,11 +196,12 @@ def _forward(plan: MicroBatchPlan, tape: Tape, layers: _Layers, *, checkpointed:
         tape.enter(f"forward of layer {number + 1}")
         before = tape.live[:]
         layer = _layer_of(plan.program, ops, plan.kinds[kind])
-        hidden = tape.checkpointed(layer, hidden) if checkpointed else layer(hidden)
+        hidden = tape.checkpointed(layer, hidden, offload=offloaded) if checkpointed else layer(hidden)
         if hidden.node is not None:
             hidden.node.place = f"backward of layer {number + 1}"
         if number:
-            layers.kept[kind] = [now - then for now, then in zip(tape.live, before, strict=True)]
+            # An offloaded input leaves with its layer, whatever the number of layers.
+            layers.kept[kind] = [0 if offloaded else now - then for now, then in zip(tape.live, before, strict=True)]
     return ops.norm(hidden, size, gain_bytes=plan.gain_bytes)
 
 

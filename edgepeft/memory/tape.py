@@ -34,7 +34,19 @@ class Peak:
 class Tape:
     """What lives, what has been recorded, and the highest points so far."""
 
-    __slots__ = ("_peak", "_peak_live", "_place", "_saves", "_stop", "category", "keeps", "live", "nodes", "peaks")
+    __slots__ = (
+        "_offloaded",
+        "_peak",
+        "_peak_live",
+        "_place",
+        "_saves",
+        "_stop",
+        "category",
+        "keeps",
+        "live",
+        "nodes",
+        "peaks",
+    )
 
     def __init__(self, place: str = "") -> None:
         self.live = [0] * len(CATEGORIES)
@@ -52,6 +64,7 @@ class Tape:
         self._peak_live = _NOTHING
         self._saves = 0
         self._stop = -1
+        self._offloaded: Segment | None = None
 
     def enter(self, place: str) -> None:
         """The work goes on at another place."""
@@ -96,8 +109,11 @@ class Tape:
         self.nodes.append(node)
         return node
 
-    def checkpointed(self, layer: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """Runs a layer so that its nodes keep nothing but its input (torch.utils.checkpoint, not reentrant)."""
+    def checkpointed(self, layer: Callable[[Tensor], Tensor], x: Tensor, *, offload: bool = False) -> Tensor:
+        """Runs a layer so that its nodes keep nothing but its input (torch.utils.checkpoint, not reentrant).
+
+        With `offload` the input is given up when the layer is done (engine.training.offload).
+        """
         nodes = self.nodes
         if nodes is None:
             return layer(x)
@@ -109,14 +125,22 @@ class Tape:
         for node in segment.nodes:
             if node.saved is None:
                 node.segment = segment
+        if offload:
+            segment.below, segment.size, segment.made_by = self._offloaded, x.size, x.node
+            segment.x, self._offloaded = None, segment
         return out
 
     def recompute(self, segment: Segment) -> None:
         """Runs a checkpointed layer again, up to the last thing that a node of it keeps."""
+        x = segment.fetch(self)
+        if segment.size:
+            segment.x = None
+            if segment.below is not None:
+                segment.below.fetch(self)
         outer, self.nodes = self.nodes, []
         self._saves, self._stop = 0, segment.saves
         with contextlib.suppress(Recomputed):
-            segment.layer(segment.x)
+            segment.layer(x)
         self._stop = -1
         for node, again in zip(segment.nodes, self.nodes, strict=False):
             node.saved, again.saved = again.saved, ()
@@ -220,13 +244,28 @@ class Node:
 class Segment:
     """A checkpointed layer."""
 
-    __slots__ = ("layer", "nodes", "saves", "x")
+    __slots__ = ("below", "layer", "made_by", "nodes", "saves", "size", "x")
 
     def __init__(self, layer: Callable[[Tensor], Tensor], x: Tensor, nodes: list[Node], saves: int) -> None:
         self.layer = layer
-        self.x = x
+        self.x: Tensor | None = x
+        """Its input; None where that lies on the host."""
+        self.size = 0
+        """Bytes of an offloaded input."""
+        self.made_by: Node | None = None
+        """Its node."""
+        self.below: Segment | None = None
+        """The layer whose input is brought back while this one is computed."""
         self.nodes = nodes
         self.saves = saves
+
+    def fetch(self, tape: Tape) -> Tensor:
+        """Its input, brought back where it is not there."""
+        if self.x is None:
+            category, tape.category = tape.category, SAVED
+            self.x = Tensor(tape, self.size, self.made_by)
+            tape.category = category
+        return self.x
 
 
 class Recomputed(Exception):

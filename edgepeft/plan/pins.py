@@ -9,7 +9,7 @@ import msgspec
 
 from edgepeft.errors import UsageError
 from edgepeft.plan.upkeep import check_prompts
-from edgepeft.spec import Checkpointing, ComputeDtype, Keep, Overlong, Precision
+from edgepeft.spec import Checkpointing, ComputeDtype, Keep, OptimizerName, Overlong, Precision
 from edgepeft.units import parse_seconds
 
 Pins = dict[str, Any]
@@ -22,6 +22,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "checkpointing": get_args(Checkpointing),
     "keep": get_args(Keep),
     "schedule": ("cosine", "linear", "constant"),
+    "optimizer": get_args(OptimizerName),
 }
 _COUNTS: dict[str, int] = {
     "rank": 1,
@@ -63,6 +64,8 @@ def check_pins(overrides: dict[str, Any]) -> Pins:
             pins[name] = _share(where, value)
         elif name in _SWITCHES:
             pins[name] = _switch(where, value)
+        elif name == "lora_plus_ratio":
+            pins[name] = _number(where, value, 1, 1000, "Usual are 2 to 16; 1 switches LoRA+ off", above=False)
         elif name == "weight_decay":
             pins[name] = _number(where, value, 0, 1, "Usual are 0 to 0.1", above=False)
         elif name == "max_time":

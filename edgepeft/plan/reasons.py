@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from edgepeft.errors import BadInput
 from edgepeft.library.parent import TAKEN_OVER
+from edgepeft.memory.weights import ELEMENT_BYTES
 from edgepeft.methods import method_of
-from edgepeft.plan.speed import say_time
+from edgepeft.plan.speed import OFFLOAD_SPEED, say_time
 from edgepeft.plan.train_plan import Choice, DataSummary, Origin
 from edgepeft.plan.upkeep import upkeep_reasons, upkeep_values
 from edgepeft.spec import Recipe, RunSpec
@@ -72,6 +73,8 @@ def shown_values(spec: RunSpec) -> dict[str, str]:
         "epochs": f"{recipe.epochs:g}",
         "max-steps": "none" if recipe.max_steps is None else str(recipe.max_steps),
         "learning-rate": f"{recipe.optimizer.learning_rate:.2g}",
+        "lora-plus-ratio": f"{recipe.optimizer.lora_plus_ratio:g}",
+        "optimizer": recipe.optimizer.name,
         "weight-decay": f"{recipe.optimizer.weight_decay:g}",
         "schedule": recipe.schedule.name,
         "warmup": format_share(recipe.schedule.warmup_fraction, digits=0),
@@ -138,6 +141,9 @@ def describe(
     if recipe.max_steps is not None:
         add("max-steps", preset.max_steps.description, "preset")
     add("learning-rate", _rate_why(search))
+    if "lora_plus_ratio" in pins:
+        add("lora-plus-ratio", _TYPED)
+    add("optimizer", "float32 states: those of an adapter are small")
     add("weight-decay", preset.weight_decay.description, "preset")
     add("schedule", preset.schedule.description, "preset")
     add("warmup", preset.warmup_fraction.description, "preset")
@@ -199,9 +205,22 @@ def notes_of(search: Search, chosen: Candidate, data: DataSummary | None) -> tup
         )
     if not device.present:
         notes.append(f"{device.name} is not in this machine: the plan is for one that has it.")
+    if chosen.checkpointing == "offload":
+        notes.append(_offload_note(search, chosen))
     if device.kind == "cuda":
         notes.append("CUDA context and allocator slack are assumptions here, not measurements.")
     return tuple(notes)
+
+
+def _offload_note(search: Search, chosen: Candidate) -> str:
+    if search.request.device.kind == "cpu":
+        return "On the CPU --checkpointing offload is layer: inputs of layers lie in RAM anyway."
+    shape, tokens = search.shape, search.count(chosen).workload.tokens
+    held = ELEMENT_BYTES[search.compute_dtype] * shape.layers * shape.hidden * tokens
+    return (
+        f"Between forward and backward {format_bytes(held)} of inputs of layers lie in pinned RAM, which must be free. "
+        f"That copying them costs {_slower()} of the speed is an assumption."
+    )
 
 
 def _correction_note(search: Search) -> str:
@@ -271,7 +290,13 @@ def _micro_batch_why(search: Search, chosen: Candidate) -> str:
 def _checkpointing_why(search: Search, chosen: Candidate) -> str:
     if chosen.checkpointing == "none":
         return "activations fit, nothing is computed twice"
+    if chosen.checkpointing == "offload" and search.request.device.kind == "cuda":
+        return f"inputs of layers lie in RAM: on the card they do not fit; some {_slower()} slower again (assumed)"
     return "less memory, about a third slower"
+
+
+def _slower() -> str:
+    return format_share(1 - OFFLOAD_SPEED, digits=0)
 
 
 def _chunk_why(search: Search, chosen: Candidate) -> str:

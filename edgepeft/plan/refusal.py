@@ -35,6 +35,11 @@ _BUDGET_ROOM = 1.01
 """A budget that is named is this much above what is needed."""
 _SHOWN_LENGTH = 1024
 """Tokens that a smaller model should take whole before it is proposed; the longest sample where that is shorter."""
+_MODES: dict[Checkpointing, str] = {
+    "layer": "checkpointing",
+    "none": "no checkpointing",
+    "offload": "layers' inputs in RAM",
+}
 _MARK = "  • "
 
 
@@ -142,7 +147,7 @@ class NothingFits(DoesNotFit):
             f"Its base alone takes {format_bytes(told.base_bytes)} in {told.precision}"
             + (", more than all of that" if too_large else ""),
             f"{'Even with' if told.rank <= 8 else 'With'} rank {told.rank}, {told.max_seq_len:,} tokens and "
-            f"{'checkpointing' if told.checkpointing == 'layer' else 'no checkpointing'} a run needs {needed}, {over} "
+            f"{_MODES[told.checkpointing]} a run needs {needed}, {over} "
             "more than the budget",
         )
         lines = _wrapped(". ".join(sentences) + ".", width, prefix, "")

@@ -26,6 +26,7 @@ from edgepeft.spec import RunSpec
 from edgepeft.units import format_bytes
 
 EDITED = "edited in the plan file"
+RATIO = "lora-plus-ratio"
 Progress = Callable[[str, float | None], None]
 
 
@@ -151,6 +152,7 @@ def check_values(spec: RunSpec, where: str) -> None:
         ("recipe.max_steps", recipe.max_steps, 1),
         ("recipe.seed", recipe.seed, 0),
         ("recipe.optimizer.weight_decay", recipe.optimizer.weight_decay, 0),
+        ("recipe.optimizer.lora_plus_ratio", recipe.optimizer.lora_plus_ratio, 1),
         ("recipe.optimizer.max_grad_norm", recipe.optimizer.max_grad_norm, 0),
         ("layout.micro_batch_tokens", layout.micro_batch_tokens, 1),
         ("layout.loss_chunk_tokens", layout.loss_chunk_tokens, 1),
@@ -197,4 +199,7 @@ def _marked(choices: tuple[Choice, ...], spec: RunSpec, time: RunTime | None) ->
         for choice in choices
         if choice.what != TIME
     ]
+    if spec.recipe.optimizer.lora_plus_ratio != 1 and all(choice.what != RATIO for choice in marked):
+        # A plan does not show what it leaves switched off.
+        marked.append(Choice(RATIO, values[RATIO], "user", EDITED))
     return (*marked, time_choice(time)) if time is not None else tuple(marked)

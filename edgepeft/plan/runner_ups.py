@@ -11,7 +11,7 @@ from edgepeft.methods import method_of
 from edgepeft.plan.request import Candidate
 from edgepeft.plan.speed import RunTime
 from edgepeft.plan.train_plan import Alternative
-from edgepeft.spec import RunSpec
+from edgepeft.spec import Checkpointing, RunSpec
 from edgepeft.units import format_bytes
 
 if TYPE_CHECKING:
@@ -21,6 +21,12 @@ MOST = 6
 """Alternatives that are shown."""
 FULL_SHARE = 0.7
 """Part of the budget up to which full fine-tuning fits easily."""
+MODES: dict[Checkpointing, str] = {
+    "layer": "checkpointing",
+    "none": "no checkpointing",
+    "offload": "checkpointing offload",
+}
+"""How a layout is told from one with another checkpointing."""
 
 
 def runner_ups(search: Search, chosen: Candidate, spec: RunSpec, time: RunTime | None) -> tuple[Alternative, ...]:
@@ -55,7 +61,10 @@ def runner_ups(search: Search, chosen: Candidate, spec: RunSpec, time: RunTime |
             collected.add(
                 f"rank {larger}", same if search.fits(same) else search.fastest(length, precision, larger), brings
             )
-    if chosen.checkpointing == "layer":
+    if chosen.checkpointing == "offload":
+        kept = msgspec.structs.replace(chosen, checkpointing="layer")
+        collected.add("checkpointing layer", kept, "fits too, and is faster")
+    elif chosen.checkpointing == "layer":
         collected.add("no checkpointing", _other_mode(search, chosen), "fits, in micro-batches too small to be faster")
     else:
         collected.add("checkpointing", msgspec.structs.replace(chosen, checkpointing="layer"), "less memory, slower")
@@ -119,7 +128,7 @@ class _Collected:
         self._seen.add(candidate)
         search, chosen = self._search, self._chosen
         if candidate.checkpointing != chosen.checkpointing and "checkpointing" not in what:
-            what += ", checkpointing" if candidate.checkpointing == "layer" else ", no checkpointing"
+            what += f", {MODES[candidate.checkpointing]}"
         peak = search.count(candidate).memory.peak_bytes
         over = peak - search.request.budget_bytes
         if over > 0:

@@ -2,7 +2,8 @@
 
 Quality comes first, in this order: samples kept whole, precision of the base, rank. Each is settled with the leanest
 layout that executes it; the memory that is left then buys speed, cheapest means first: smaller pieces of the loss,
-smaller micro-batches, checkpointing. What the user typed is kept as it is.
+smaller micro-batches, checkpointing. Offloaded inputs are for cards on which nothing else fits. What the user typed is
+kept as it is.
 
 Candidates are judged by a bound on their micro-batches; where that lies a little above the budget, and for the plan
 itself, the micro-batches that the run really makes are counted.
@@ -77,7 +78,12 @@ class Search(Space):
 
     def _predict(self, candidate: Candidate, workloads: tuple[Workload, ...]) -> Prediction:
         found = self.correction
-        factor = self.request.factors.get(candidate.checkpointing)
+        factors = self.request.factors
+        mode: Checkpointing = candidate.checkpointing
+        if mode == "offload" and mode not in factors:
+            # Never simulated: it is most like the same layers with their inputs on the card.
+            mode = "layer"
+        factor = factors.get(mode)
         if factor is not None:
             found = Correction(factor * (found.factor if found else 1.0), found.runs if found else 0)
         prediction = predict(self.spec(candidate), self.shape, workloads, self.request.device.target, found)
@@ -97,7 +103,8 @@ class Search(Space):
     @cached_property
     def _near(self) -> float:
         lengths = self.request.lengths
-        run = None if lengths is None else lengths.steps(self.spec(self.leanest_of_all).recipe)
+        lean = self._lean(self.least_length(), self.precisions[-1], self.ranks[-1])
+        run = None if lengths is None else lengths.steps(self.spec(lean).recipe)
         samples = math.inf if run is None else run.steps * run.samples_per_step
         return next(near for most, near in NEAR_BUDGET if samples <= most)
 
@@ -110,7 +117,17 @@ class Search(Space):
         return self.leanest(self.least_length(), self.precisions[-1], self.ranks[-1])
 
     def leanest(self, max_seq_len: int, precision: Precision, rank: int) -> Candidate:
-        """The layout that executes these with the least memory."""
+        """The layout that executes these with the least memory; inputs are offloaded only where they have to be."""
+        lean = self._lean(max_seq_len, precision, rank)
+        if not self._may_offload or self.fits(lean):
+            return lean
+        return msgspec.structs.replace(lean, checkpointing="offload")
+
+    @property
+    def _may_offload(self) -> bool:
+        return self.request.device.kind == "cuda" and "checkpointing" not in self.pins
+
+    def _lean(self, max_seq_len: int, precision: Precision, rank: int) -> Candidate:
         return Candidate(
             max_seq_len=max_seq_len,
             precision=precision,
@@ -189,7 +206,9 @@ class Search(Space):
     def _layouts(self, lean: Candidate) -> Iterator[Candidate]:
         """For each checkpointing and each chunk the largest micro-batch that fits."""
         sizes, fastest = self.micro_batches(lean), 0.0
-        for mode, chunk in self._modes_and_chunks():
+        for mode, chunk in self._modes_and_chunks(offload=self._may_offload):
+            if mode == "offload" and fastest and self._may_offload:
+                break
             layout = msgspec.structs.replace(lean, checkpointing=mode, loss_chunk_tokens=chunk)
             if self.speed(msgspec.structs.replace(layout, micro_batch_tokens=sizes[-1])) <= fastest:
                 # Not even its largest micro-batch would be faster than what fits already.
@@ -199,8 +218,8 @@ class Search(Space):
                 fastest = max(fastest, self.speed(found))
                 yield found
 
-    def _modes_and_chunks(self) -> Iterator[tuple[Checkpointing, int]]:
-        modes: tuple[Checkpointing, ...] = ("none", "layer")
+    def _modes_and_chunks(self, *, offload: bool) -> Iterator[tuple[Checkpointing, int]]:
+        modes: tuple[Checkpointing, ...] = ("none", "layer", "offload") if offload else ("none", "layer")
         for mode in (self.pins["checkpointing"],) if "checkpointing" in self.pins else modes:
             for chunk in (self.pins["loss_chunk_tokens"],) if "loss_chunk_tokens" in self.pins else LOSS_CHUNKS:
                 yield mode, chunk
@@ -251,6 +270,7 @@ class Search(Space):
             "a more exact base": [],
             "a larger rank": [],
             "nothing computed twice": [],
+            "inputs of layers kept on the card": [],
             "larger micro-batches": [],
             "larger pieces of the loss": [],
         }
@@ -263,7 +283,9 @@ class Search(Space):
             least["a larger rank"].append(self.leanest(length, precision, self.ranks[self.ranks.index(rank) - 1]))
         for layout in self._faster(chosen):
             if layout.checkpointing != chosen.checkpointing:
-                least["nothing computed twice"].append(layout)
+                better_mode = layout.checkpointing == "none"
+                what = "nothing computed twice" if better_mode else "inputs of layers kept on the card"
+                least[what].append(layout)
             elif layout.loss_chunk_tokens == chosen.loss_chunk_tokens:
                 least["larger micro-batches"].append(layout)
             elif layout.micro_batch_tokens == chosen.micro_batch_tokens:
@@ -278,7 +300,7 @@ class Search(Space):
         """For each checkpointing and each chunk the smallest micro-batch that makes a layout faster than this one."""
         lean = self.leanest(chosen.max_seq_len, chosen.precision, chosen.rank)
         speed, sizes = self.speed(chosen), self.micro_batches(lean)
-        for mode, chunk in self._modes_and_chunks():
+        for mode, chunk in self._modes_and_chunks(offload=chosen.checkpointing == "offload"):
             for tokens in sizes:
                 layout = msgspec.structs.replace(
                     lean, checkpointing=mode, loss_chunk_tokens=chunk, micro_batch_tokens=tokens

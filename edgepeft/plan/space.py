@@ -136,6 +136,8 @@ class Space:
             epochs=self.epochs(),
             max_steps=self.max_steps(),
             optimizer=Optimizer(
+                name=pins.get("optimizer", "adamw"),
+                lora_plus_ratio=pins.get("lora_plus_ratio", 1.0),
                 learning_rate=self.learning_rate(),
                 weight_decay=pins.get("weight_decay", preset.weight_decay.value),
             ),

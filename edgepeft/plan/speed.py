@@ -34,6 +34,9 @@ SATURATION: dict[Literal["cpu", "cuda"], tuple[int, int]] = {"cpu": (64, 2048), 
 thumb."""
 RECOMPUTE_SPEED = 2 / 3
 """Speed with checkpointing, as a share: 4 operations of 6."""
+OFFLOAD_SPEED = 0.95
+"""Speed of checkpointing with inputs in the host's RAM, as a share of that with inputs on the card: an assumption. An
+input takes microseconds a token over PCIe, the layer that it is copied beside tens of them."""
 CHUNK_COST = 4.0
 """Rows of logits whose work one more launch is worth; it ranks chunk sizes and nothing else."""
 ASSUMED_SHARE: dict[tuple[str, str], float] = {("cpu", "bf16"): 0.15, ("cpu", "fp32"): 0.45}
@@ -90,8 +93,10 @@ def relative_speed(
     half, most = SATURATION[kind]
     tokens = min(most, tokens)
     speed = tokens / (tokens + half)
-    if checkpointing == "layer":
+    if checkpointing != "none":
         speed *= RECOMPUTE_SPEED
+    if checkpointing == "offload" and kind == "cuda":
+        speed *= OFFLOAD_SPEED
     return speed * loss_chunk_tokens / (loss_chunk_tokens + CHUNK_COST)
 
 
@@ -116,7 +121,8 @@ def time_run(
         return RunTime(training, None, _unknown(device, shape))
     tokens, trained = lengths.held_out(spec.recipe)
     every = spec.upkeep.eval_every_steps
-    seconds = training / rate.operations_per_second
+    offloads = spec.layout.checkpointing == "offload" and device.kind == "cuda"
+    seconds = training / rate.operations_per_second / (OFFLOAD_SPEED if offloads else 1.0)
     most = spec.upkeep.max_seconds
     share = 1.0 if most is None or seconds <= most else most / seconds
     # One of the base before the first step, and one at the end.
@@ -141,7 +147,7 @@ def training_operations(spec: RunSpec, shape: ModelShape, run: StepList) -> floa
     times += whole
     for step in range(run.steps - rest, run.steps):
         times[step_samples(len(run.tokens), run.samples_per_step, step, run.seed)] += 1
-    recomputed = spec.layout.checkpointing == "layer"
+    recomputed = spec.layout.checkpointing != "none"
     return _operations(spec, shape, run.tokens, run.trained, times, passes=3 if recomputed else 2, learn=True)
 
 

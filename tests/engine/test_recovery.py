@@ -23,6 +23,15 @@ def test_the_ladder_of_layouts() -> None:
     assert seen == [("layer", 256), ("layer", 64), ("layer", 16)]
 
 
+def test_on_a_card_inputs_of_layers_go_to_the_host_before_the_loss_slows_down() -> None:
+    seen = []
+    step = smaller_layout(Layout(micro_batch_tokens=4096, checkpointing="none"), 900, 1, card=True)
+    while step is not None:
+        seen.append((step[0].checkpointing, step[0].loss_chunk_tokens))
+        step = smaller_layout(step[0], 900, 1, card=True)
+    assert seen == [("layer", 256), ("offload", 256), ("offload", 64), ("offload", 16)]
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -8,45 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from edgepeft.engine.training.optimizer import make_adamw
+from edgepeft.engine.training.optimizer import make_optimizer
 from edgepeft.engine.training.update import AdapterUpdate
 from edgepeft.spec import Optimizer
 from out_of_memory import Allocations, allocator_error
+from plain_accelerator import Accelerator
 
 SETTINGS = Optimizer(learning_rate=1e-2, weight_decay=0.1, max_grad_norm=0.0)
-
-
-class _Scaled:
-    """What accelerate's optimizer does, without its global state."""
-
-    def __init__(self, adamw: torch.optim.AdamW, scaler: Any) -> None:
-        self._adamw, self._scaler = adamw, scaler
-
-    def step(self) -> None:
-        if self._scaler is None:
-            self._adamw.step()
-            return
-        self._scaler.step(self._adamw)
-        self._scaler.update()
-
-
-class Accelerator:
-    """The part of accelerate's that an update uses."""
-
-    def __init__(self, *, scaled: bool = False) -> None:
-        self.scaler: Any = torch.amp.GradScaler("cpu", init_scale=2.0**10) if scaled else None
-        self._adamw: Any = None
-
-    def prepare_optimizer(self, adamw: torch.optim.AdamW) -> _Scaled:
-        self._adamw = adamw
-        return _Scaled(adamw, self.scaler)
-
-    def unscale_gradients(self, optimizer: object) -> None:
-        if self.scaler is not None:
-            self.scaler.unscale_(self._adamw)
-
-    def backward(self, loss: torch.Tensor) -> None:
-        (loss if self.scaler is None else self.scaler.scale(loss)).backward()
 
 
 def parameters() -> dict[str, nn.Parameter]:
@@ -72,7 +40,7 @@ def values(update: AdapterUpdate) -> list[torch.Tensor]:
 def test_states_that_are_made_early_are_those_that_adamw_makes() -> None:
     own, plain = made(), parameters()
     own.create_state()
-    adamw = make_adamw(list(plain.values()), SETTINGS)
+    adamw = make_optimizer(plain, SETTINGS)
     for step in range(3):
         learn(own, step)
         own.apply()

@@ -82,6 +82,14 @@ def test_an_edited_spec_is_counted_again(plan, tiny_model, alpaca_file, tmp_path
     assert any("edited" in note for note in revised.notes)
 
 
+def test_an_edited_optimizer_is_kept_and_marked(plan, tmp_path):
+    path = edited(plan, tmp_path / "p.toml", lora_plus_ratio=4.0)
+    revised = revise(read_plan_toml(path), where="p.toml")
+    assert revised.spec.recipe.optimizer.lora_plus_ratio == 4
+    assert {choice.what: choice.origin for choice in revised.choices}["lora-plus-ratio"] == "user"
+    assert revised.memory == plan.memory
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -93,6 +101,7 @@ def test_an_edited_spec_is_counted_again(plan, tiny_model, alpaca_file, tmp_path
         ("learning_rate", 0.0),
         ("eval_fraction", 1.5),
         ("rank", 1000),
+        ("lora_plus_ratio", 0.5),
         ("keep_checkpoints", 0),
     ],
 )

@@ -72,9 +72,23 @@ class LoadedModel:
 
     @property
     def head_weight(self) -> Tensor:
-        """[vocab, hidden]; the embedding itself where they are tied."""
-        weight: Tensor = self.model.get_output_embeddings().weight
+        """[vocab, hidden]; the embedding itself where they are tied.
+
+        Raises:
+            BadInput: the head is no single matrix.
+        """
+        weight = self.plain_head_weight
+        if weight is None:
+            raise BadInput(
+                f"the output head of {type(self.model).__name__} is no single matrix", hint="Use another base model"
+            )
         return weight
+
+    @property
+    def plain_head_weight(self) -> Tensor | None:
+        """The same; None where the head is no single matrix."""
+        weight = getattr(self.model.get_output_embeddings(), "weight", None)
+        return weight if isinstance(weight, Tensor) and weight.dim() == 2 else None
 
     def linears(self) -> dict[str, AdaptedLinear]:
         """Every linear of the decoder layers by module path, in the model's order."""
@@ -96,7 +110,7 @@ class LoadedModel:
         for linear in self._linears.values():
             for category, tensors in linear.weight_source.tensors_by_category().items():
                 found[category] += tensors
-        tables = {id(self.head_weight), id(self.model.get_input_embeddings().weight)}
+        tables = {id(self.plain_head_weight), id(self.model.get_input_embeddings().weight)}
         for parameter in self.model.parameters():
             found["embeddings and head" if id(parameter) in tables else "frozen weights"].append(parameter)
         found["frozen weights"] += self.model.buffers()

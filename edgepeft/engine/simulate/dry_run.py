@@ -13,6 +13,7 @@ from edgepeft.engine.simulate.layers import extrapolated, few_layers
 from edgepeft.engine.simulate.model import layer_count, layer_period, read_config, with_layers
 from edgepeft.engine.simulate.replay import replay, replay_repeated
 from edgepeft.engine.simulate.step import Peaks, SimulatedRun, simulate
+from edgepeft.engine.training.adamw8bit import map_values
 from edgepeft.errors import UsageError
 from edgepeft.memory.breakdown import Breakdown, Category, Phase, PhaseName
 from edgepeft.memory.dry_run import DryRun, DryRunRequest
@@ -33,6 +34,8 @@ def dry_run(request: DryRunRequest) -> DryRun:
     """
     # Imports a library, and has it compute what fake tensors cannot; afterwards it is remembered.
     dynamic_values()
+    if request.spec.recipe.optimizer.name == "adamw8bit":
+        map_values(signed=True), map_values(signed=False)
     began = time.perf_counter()
     check_workload(request.workload)
     config = read_config(request.config)

@@ -27,7 +27,7 @@ from edgepeft.engine.simulate.replay import Recording
 from edgepeft.engine.simulate.scratch import ScratchOf
 from edgepeft.engine.training.batches import Sample
 from edgepeft.engine.training.memory import MemoryGauge, Size
-from edgepeft.engine.training.optimizer import make_adamw
+from edgepeft.engine.training.optimizer import make_optimizer
 from edgepeft.engine.training.step import StepRunner
 from edgepeft.memory.breakdown import Category, PhaseName
 from edgepeft.memory.dry_run import DryRunRequest
@@ -141,8 +141,9 @@ class _Run:
         with counting_as("adapter weights", "fresh adapter"):
             self._adapter: AttachedAdapter = attach(loaded, "dry run", self._recipe.method, self._recipe.seed)
         set_active(loaded, [(self._adapter.name, 1.0)])
-        self._parameters = list(self._adapter.named_parameters().values())
-        self._optimizer = make_adamw(self._parameters, self._recipe.optimizer)
+        named = self._adapter.named_parameters()
+        self._parameters = list(named.values())
+        self._optimizer = make_optimizer(named, self._recipe.optimizer)
         self._runner = StepRunner(
             loaded, self._recipe, backward=lambda loss: loss.backward(), gauge=UnwatchedGauge(loaded.device)
         )

@@ -7,6 +7,7 @@ Nets with Sublinear Memory Cost* (arXiv 1604.06174).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -15,36 +16,46 @@ from torch.utils.checkpoint import checkpoint
 
 from edgepeft.engine.ledger import mark_place
 from edgepeft.engine.model.linear import recomputing
+from edgepeft.engine.training.offload import OffloadedInputs
 from edgepeft.spec import Checkpointing
 
 
 def set_checkpointing(layers: Sequence[nn.Module], mode: Checkpointing) -> None:
     """Switches all decoder layers to `mode`; it may be called again with another one at any time between steps.
 
-    With `layer`, each layer keeps only its input and runs again in backward, under the same packing context.
+    With `layer`, each layer keeps only its input and runs again in backward, under the same packing context; with
+    `offload` that input lies in the host's RAM.
     """
+    inputs = OffloadedInputs() if mode == "offload" else None
     for number, layer in enumerate(layers, 1):
         # An instance attribute hides the class's forward; removing it brings that one back.
         layer.__dict__.pop("forward", None)
-        layer.__dict__["forward"] = _placed(layer.forward, number, mode)
+        layer.__dict__["forward"] = _placed(layer.forward, number, mode, inputs)
 
 
-def _placed(forward: Any, number: int, mode: Checkpointing) -> Any:
+def _placed(forward: Any, number: int, mode: Checkpointing, inputs: OffloadedInputs | None) -> Any:
     def begin_backward(gradient: Tensor) -> None:
         mark_place(f"backward of layer {number}")
 
     def run(*arguments: Any, **options: Any) -> Any:
         mark_place(f"forward of layer {number}")
-        if mode == "layer" and torch.is_grad_enabled():
+        if mode != "none" and torch.is_grad_enabled():
+            if not arguments:
+                # Only what is given by its place is kept as a saved tensor.
+                arguments = (options.pop("hidden_states"),)
+            hooks = None if inputs is None else inputs.of_layer(number, arguments[0])
             # Dropout is a pure function of seed, step and sample: there is no generator whose state would matter.
-            out = checkpoint(
-                _told_when_again(forward),
-                *arguments,
-                use_reentrant=False,
-                preserve_rng_state=False,
-                determinism_check="none",
-                **options,
-            )
+            with hooks or nullcontext():
+                out = checkpoint(
+                    _told_when_again(forward),
+                    *arguments,
+                    use_reentrant=False,
+                    preserve_rng_state=False,
+                    determinism_check="none",
+                    **options,
+                )
+            if hooks is not None and inputs is not None:
+                inputs.leave()
         else:
             out = forward(*arguments, **options)
         hidden = out[0] if isinstance(out, tuple) else out

@@ -220,9 +220,9 @@ def _verified(folder: Path, names: Sequence[str]) -> tuple[_State, list[dict[str
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, parameters: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """AdamW's states as `PARAMETER/STATE` → tensor; empty before there are any."""
+    """AdamW's states as `PARAMETER/STATE` → tensor; empty before there are any. Plain counts become int64 tensors."""
     return {
-        f"{name}/{key}": value
+        f"{name}/{key}": value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.int64)
         for name, parameter in parameters.items()
         for key, value in optimizer.state.get(parameter, {}).items()
     }
@@ -235,6 +235,9 @@ def restore_optimizer(
     for name, tensor in tensors.items():
         owner, _, key = name.rpartition("/")
         parameter = parameters[owner]
+        if tensor.dtype == torch.int64 and tensor.dim() == 0:
+            optimizer.state[parameter][key] = int(tensor)
+            continue
         # A copy: tensors read from a file are maps of it, and the file is removed while the run goes on.
         optimizer.state[parameter][key] = tensor.to(parameter.device, copy=True)
 

@@ -390,7 +390,7 @@ class Training:
                 message=message,
             )
         )
-        found = smaller_layout(layout, tokens, samples)
+        found = smaller_layout(layout, tokens, samples, card=self.loaded.device.type == "cuda")
         if found is None:
             raise OutOfMemory(
                 f"memory ran out in step {number}, in a micro-batch of one sample with {tokens:,} tokens ({message})",

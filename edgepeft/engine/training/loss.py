@@ -54,8 +54,44 @@ def head_of(model: nn.Module, weight: Tensor) -> Head:
 
 
 @torch.no_grad()
+def knows_head(hidden: Tensor, head: Head, logits: Tensor) -> bool:
+    """Whether our logits are the model's own, so that a head that does something else is never trained wrongly.
+
+    Args:
+        hidden: [rows, hidden], after the final norm.
+        head: ours.
+        logits: [rows, vocabulary], the model's own for the same rows.
+
+    Raises:
+        BadInput: the model's own are not finite.
+    """
+    check_finite(logits)
+    if hidden.shape[-1] != head.weight.shape[-1] or logits.shape[-1] != head.weight.shape[0]:
+        return False
+    return agrees(_bend(_logits(hidden, head).float(), head), logits, exact=hidden.dtype == torch.float32)
+
+
+def check_finite(logits: Tensor) -> None:
+    """Refuses a base that computes nonsense.
+
+    Raises:
+        BadInput: a logit is not finite.
+    """
+    if not math.isfinite(logits.float().abs().max().item()):
+        raise BadInput(
+            "the base model computes values that are not finite numbers",
+            hint="Its weights are damaged, or --compute-dtype is too narrow for it; try --compute-dtype fp32",
+        )
+
+
+def agrees(ours: Tensor, theirs: Tensor, *, exact: bool) -> bool:
+    """Whether logits differ by no more than rounding; `exact` where all was computed in float32."""
+    worst = (ours.float() - theirs.float()).abs().max().item()
+    return worst <= theirs.float().abs().max().item() * (1e-4 if exact else 0.05) + 1e-6
+
+
 def check_head(model: nn.Module, hidden: Tensor, head: Head, logits: Tensor) -> None:
-    """Compares our logits with the model's own, so that a head that does something else is never trained wrongly.
+    """Refuses a head that does something else than `Head`, for work that knows no other.
 
     Args:
         model: named in the error.
@@ -64,19 +100,9 @@ def check_head(model: nn.Module, hidden: Tensor, head: Head, logits: Tensor) -> 
         logits: [rows, vocabulary], the model's own for the same rows.
 
     Raises:
-        BadInput: they differ by more than rounding.
+        BadInput: our logits and its own differ by more than rounding, or its own are not finite.
     """
-    ours = _bend(_logits(hidden, head).float(), head)
-    theirs = logits.float()
-    worst = (ours - theirs).abs().max().item()
-    spread = theirs.abs().max().item()
-    if not math.isfinite(spread):
-        raise BadInput(
-            "the base model computes values that are not finite numbers",
-            hint="Its weights are damaged, or --compute-dtype is too narrow for it; try --compute-dtype fp32",
-        )
-    exact = hidden.dtype == torch.float32
-    if not worst <= spread * (1e-4 if exact else 0.05) + 1e-6:
+    if not knows_head(hidden, head, logits):
         raise BadInput(
             f"the output head of {type(model).__name__} does something that edgepeft does not know",
             hint="Its logits differ from hidden states times the head; use another base model",

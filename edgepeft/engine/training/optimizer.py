@@ -1,13 +1,15 @@
-"""The optimizer step: AdamW, the learning rate of each step, clipping, and what happens when numbers are not finite."""
+"""The optimizer: AdamW in its forms, the learning rate of each step, and what happens when numbers are not finite."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import nn
 
+from edgepeft.engine.training.adamw8bit import AdamW8bit
 from edgepeft.engine.training.divergence import Diverged
 from edgepeft.spec import Optimizer, Schedule
 
@@ -15,16 +17,34 @@ PATIENCE_STEPS = 5
 """Steps with numbers that are not finite, one after the other, until a run gives up."""
 
 
-def make_adamw(parameters: Sequence[nn.Parameter], settings: Optimizer) -> torch.optim.AdamW:
-    """AdamW (arXiv 1711.05101) over float32 adapter parameters, one fused kernel a step."""
-    return torch.optim.AdamW(
-        parameters,
-        lr=settings.learning_rate,
-        betas=(settings.beta1, settings.beta2),
-        eps=settings.epsilon,
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
+def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: Optimizer) -> torch.optim.AdamW | AdamW8bit:
+    """AdamW (arXiv 1711.05101) over float32 adapter parameters by name: one fused kernel a step, or 8-bit states."""
+    groups = _groups(parameters, settings)
+    betas = settings.beta1, settings.beta2
+    rate, epsilon, decay = settings.learning_rate, settings.epsilon, settings.weight_decay
+    if settings.name == "adamw8bit":
+        return AdamW8bit(groups, lr=rate, betas=betas, eps=epsilon, weight_decay=decay)
+    return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=epsilon, weight_decay=decay, fused=True)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """The rate of the next step; LoRA's B gets its multiple of it."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate * group["ratio"]
+
+
+def _groups(parameters: Mapping[str, nn.Parameter], settings: Optimizer) -> list[dict[str, Any]]:
+    """All parameters at one rate, or LoRA's B at a multiple of it (LoRA+, arXiv 2402.12354), chosen as PEFT does."""
+    ratio = settings.lora_plus_ratio
+    fast = [name for name, value in parameters.items() if "lora_B" in name or value.dim() == 1]
+    if ratio == 1 or not fast:
+        return [{"params": list(parameters.values()), "ratio": 1.0}]
+    rate = settings.learning_rate
+    groups = [
+        {"params": [value for name, value in parameters.items() if name not in fast], "lr": rate, "ratio": 1.0},
+        {"params": [parameters[name] for name in fast], "lr": rate * ratio, "ratio": ratio},
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def learning_rate_at(step: int, steps: int, settings: Optimizer, schedule: Schedule) -> float:

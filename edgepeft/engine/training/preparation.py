@@ -17,6 +17,7 @@ from edgepeft.engine.training.recovery import first_line, is_out_of_memory, smal
 from edgepeft.engine.training.step import MicroBatchTooLarge
 from edgepeft.engine.training.stopping import StopRun
 from edgepeft.errors import OutOfMemory
+from edgepeft.memory.optimizer import state_bytes
 from edgepeft.plan.workloads import MicroBatchSize, StepList
 from edgepeft.runs.events import Cause, PhaseChanged, Warned
 from edgepeft.units import format_bytes
@@ -33,7 +34,9 @@ def prepare(training: Training, smaller: Cause | None = None) -> bool:
     """
     training.emit(PhaseChanged(name="load", detail="trying the model on a few tokens"))
     with training.gauge.watch():
-        training.runner.check()
+        told = training.runner.check()
+    if told:
+        training.emit(Warned(message=told, step=training.position.step))
     training.tell_memory("load")
     if reason_to_end(training.position, training.steps, training.plan.spec.upkeep) is not None:
         return False
@@ -57,7 +60,8 @@ def _create_state(training: Training) -> None:
         if not is_out_of_memory(error):
             raise
         failed = first_line(error)
-    needed = 2 * sum(parameter.nbytes for parameter in training.update.parameters.values())
+    sizes = [parameter.numel() for parameter in training.update.parameters.values()]
+    needed = state_bytes(training.plan.spec.recipe.optimizer.name, sizes)
     raise OutOfMemory(
         f"the optimizer's state of {format_bytes(needed)} does not fit beside the model ({failed})",
         hint="Close other programs and resume the run, or plan again with a smaller --rank or a larger --budget",
@@ -77,7 +81,8 @@ def _trials(training: Training) -> list[MicroBatchSize]:
 def _begin_smaller(training: Training, cause: Cause) -> None:
     """Takes the next smaller layout, since the worker before this one did not survive the one in force."""
     largest = max(_trials(training), key=lambda size: size.tokens, default=None)
-    found = largest and smaller_layout(training.position.layout, largest.tokens, len(largest.samples))
+    layout, card = training.position.layout, training.loaded.device.type == "cuda"
+    found = largest and smaller_layout(layout, largest.tokens, len(largest.samples), card=card)
     if found:
         training.take_layout(*found, cause)
     else:

@@ -34,13 +34,14 @@ def is_device_failure(error: BaseException) -> bool:
     return isinstance(error, torch.AcceleratorError) or (isinstance(error, RuntimeError) and "CUDA error" in str(error))
 
 
-def smaller_layout(layout: Layout, tokens: int, samples: int) -> tuple[Layout, str] | None:
+def smaller_layout(layout: Layout, tokens: int, samples: int, *, card: bool = False) -> tuple[Layout, str] | None:
     """The next smaller layout and what changed in words; None when there is none left.
 
     Args:
         layout: the one in which memory ran out.
         tokens: of the micro-batch in which it ran out.
         samples: of it.
+        card: whether it ran out in training on a card, beside which the host's RAM can hold what layers keep.
     """
     if samples > 1:
         # A cap above what was really in the micro-batch would change nothing.
@@ -48,6 +49,8 @@ def smaller_layout(layout: Layout, tokens: int, samples: int) -> tuple[Layout, s
         return msgspec.structs.replace(layout, micro_batch_tokens=cap), f"micro-batches of at most {cap} tokens"
     if layout.checkpointing == "none":
         return msgspec.structs.replace(layout, checkpointing="layer"), "activation checkpointing switched on"
+    if layout.checkpointing == "layer" and card:
+        return msgspec.structs.replace(layout, checkpointing="offload"), "inputs of layers kept in the host's RAM"
     if layout.loss_chunk_tokens > _SMALLEST_CHUNK:
         chunk = max(_SMALLEST_CHUNK, layout.loss_chunk_tokens // 4)
         return msgspec.structs.replace(layout, loss_chunk_tokens=chunk), f"loss in chunks of {chunk} tokens"

@@ -15,10 +15,12 @@ from edgepeft.engine.ledger import assign, counting_as
 from edgepeft.engine.methods.dropout import dropout_context
 from edgepeft.engine.model.load import LoadedModel
 from edgepeft.engine.training.attention import packed, use_packed_attention
+from edgepeft.engine.training.balance import balance_of
 from edgepeft.engine.training.batches import MicroBatch, Sample, build_micro_batch, plan_micro_batches
 from edgepeft.engine.training.checkpointing import set_checkpointing
-from edgepeft.engine.training.loss import check_head, head_of, summed_loss
+from edgepeft.engine.training.loss import check_finite, head_of, knows_head, summed_loss
 from edgepeft.engine.training.memory import MemoryGauge, Size
+from edgepeft.engine.training.own_head import OwnHead, summed_cross_entropy
 from edgepeft.engine.training.recovery import first_line, is_out_of_memory, release_memory, smaller_layout
 from edgepeft.errors import OutOfMemory
 from edgepeft.spec import Checkpointing, Layout, Recipe
@@ -37,7 +39,7 @@ class StepSums(NamedTuple):
     """What a step, or an evaluation, added up."""
 
     loss: float
-    """Sum over the trained tokens."""
+    """Sum over the trained tokens; what balances experts is no part of it, so that it compares with evaluations."""
     trained_tokens: int
     tokens: int
     """Tokens that went through the model."""
@@ -68,7 +70,10 @@ class StepRunner:
         self._backward = backward
         self._gauge = gauge
         self._before_micro_batch = before_micro_batch
-        self._head = head_of(loaded.model, loaded.head_weight)
+        weight = loaded.plain_head_weight
+        self._head = None if weight is None else head_of(loaded.model, weight)
+        self._own_head: OwnHead | None = None
+        self._balance = balance_of(loaded.model)
         self._checkpointing: Checkpointing = "none"
         set_checkpointing(loaded.layers, self._checkpointing)
         use_packed_attention(loaded.model)
@@ -82,16 +87,24 @@ class StepRunner:
             tensor.register_post_accumulate_grad_hook(_name_gradient)
 
     @torch.no_grad()
-    def check(self) -> None:
-        """Compares our logits with the model's own on a few tokens.
+    def check(self) -> str:
+        """Compares our logits with the model's own on a few tokens; where they differ, its own code is used from here.
+
+        Returns:
+            What a person should know of that, in a sentence; empty where all is well.
 
         Raises:
-            BadInput: the head does something that `loss` does not know.
+            BadInput: the model's logits are not finite.
         """
         ids = torch.arange(3, 7, device=self._loaded.device).unsqueeze(0) % self._loaded.shape.vocab
         model: Any = self._loaded.model
-        hidden = self._loaded.decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
-        check_head(model, hidden, self._head, model(input_ids=ids, use_cache=False).logits[0])
+        hidden = self._loaded.decoder(input_ids=ids, use_cache=False).last_hidden_state
+        logits = model(input_ids=ids, use_cache=False).logits
+        check_finite(logits)
+        if self._head is not None and knows_head(hidden[0], self._head, logits[0]):
+            return ""
+        self._own_head = OwnHead(model, self._loaded.decoder, ids, hidden, logits)
+        return self._own_head.warning
 
     def train(self, samples: Sequence[Sample], layout: Layout, step: int, *, watch_all: bool = False) -> StepSums:
         """Adds the gradient of the mean loss over all trained tokens of `samples` to the adapter's.
@@ -109,9 +122,10 @@ class StepRunner:
             set_checkpointing(self._loaded.layers, layout.checkpointing)
             self._checkpointing = layout.checkpointing
         trained = sum(len(sample.targets) for sample in samples)
+        tokens_of_step = sum(len(sample.ids) for sample in samples)
         total = torch.zeros((), dtype=torch.float32, device=self._loaded.device)
         tokens = 0
-        for group in plan_micro_batches(samples, layout.micro_batch_tokens):
+        for group in self._groups(samples, layout):
             self._before_micro_batch()
             size = _size(group, layout, gradients=any(tensor.grad is not None for tensor in self._trained))
             watched: AbstractContextManager[object] = nullcontext()
@@ -120,9 +134,12 @@ class StepRunner:
             try:
                 batch = build_micro_batch(group, self._loaded.device)
                 with watched, packed(batch.lengths), self._dropout(step, batch):
-                    loss = self._loss(batch, layout.loss_chunk_tokens)
+                    loss, unbalanced = self._loss(batch, layout.loss_chunk_tokens)
+                    objective = loss / trained
+                    if self._balance is not None and unbalanced is not None:
+                        objective = objective + self._balance.coefficient * unbalanced / tokens_of_step
                     with counting_as("recomputed layer", "backward of the loss"):
-                        self._backward(loss / trained)
+                        self._backward(objective)
                     total += loss.detach()
             except (RuntimeError, MemoryError) as error:
                 self._loaded.forget_unfinished()
@@ -155,7 +172,7 @@ class StepRunner:
         layout = msgspec.structs.replace(layout, checkpointing="layer")
         loss, tokens = 0.0, 0
         while left:
-            group = plan_micro_batches(left, layout.micro_batch_tokens)[0]
+            group = self._groups(left, layout)[0]
             self._before_micro_batch()
             size = _size(group, layout)
             part: float | None = None
@@ -165,7 +182,7 @@ class StepRunner:
             try:
                 batch = build_micro_batch(group, self._loaded.device)
                 with watched, packed(batch.lengths):
-                    part = number(self._loss(batch, layout.loss_chunk_tokens))
+                    part = number(self._loss(batch, layout.loss_chunk_tokens)[0])
             except (RuntimeError, MemoryError) as error:
                 self._loaded.forget_unfinished()
                 if not is_out_of_memory(error):
@@ -188,13 +205,36 @@ class StepRunner:
             left = [sample for sample in left if sample.number not in done]
         return StepSums(loss, sum(len(sample.targets) for sample in samples), tokens)
 
-    def _loss(self, batch: MicroBatch, chunk_tokens: int) -> Tensor:
+    def _groups(self, samples: Sequence[Sample], layout: Layout) -> list[list[Sample]]:
+        """The micro-batches; of one sample each where a head would see those that are packed beside it."""
+        alone = self._own_head is not None and not self._own_head.by_row
+        return plan_micro_batches(samples, 1 if alone else layout.micro_batch_tokens)
+
+    def _loss(self, batch: MicroBatch, chunk_tokens: int) -> tuple[Tensor, Tensor | None]:
+        """The summed loss, and in training what balances experts; None where nothing does."""
+        balance, own = self._balance if torch.is_grad_enabled() else None, self._own_head
+        options: dict[str, Any] = {} if self._balance is None else {"output_router_logits": balance is not None}
+        hidden = logits = None
         with counting_as("saved activations", "forward"):
-            hidden = self._loaded.decoder(
-                input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False
-            ).last_hidden_state
+            if own is not None and not own.by_row:
+                logits, out = own.run_whole(batch.input_ids, batch.position_ids, batch.rows, **options)
+            else:
+                out = self._loaded.decoder(
+                    input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **options
+                )
+                hidden = out.last_hidden_state
+            routers = () if balance is None else out.router_logits
+            del out
         with counting_as("logits and loss", "loss"):
-            return summed_loss(hidden, batch.rows, batch.targets, self._head, chunk_tokens)
+            unbalanced = None if balance is None else balance.summed(routers, batch.lengths)
+            del routers
+            if logits is not None:
+                return summed_cross_entropy(logits, batch.targets, chunk_tokens), unbalanced
+            assert hidden is not None
+            if own is not None:
+                return own.summed_loss(hidden, batch.rows, batch.targets, chunk_tokens), unbalanced
+            assert self._head is not None
+            return summed_loss(hidden, batch.rows, batch.targets, self._head, chunk_tokens), unbalanced
 
     def _dropout(self, step: int, batch: MicroBatch) -> AbstractContextManager[None]:
         return dropout_context(self._recipe.seed, step, batch.samples, batch.lengths)

@@ -10,9 +10,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from edgepeft.engine.training.adamw8bit import AdamW8bit
 from edgepeft.engine.training.checkpoints import optimizer_tensors, restore_optimizer
-from edgepeft.engine.training.optimizer import make_adamw
-from edgepeft.engine.training.recovery import is_out_of_memory
+from edgepeft.engine.training.optimizer import make_optimizer, set_rate
+from edgepeft.engine.training.recovery import first_line, is_out_of_memory
+from edgepeft.errors import OutOfMemory
 from edgepeft.memory.breakdown import Category
 from edgepeft.spec import Optimizer
 
@@ -30,7 +32,7 @@ class AdapterUpdate:
         self.parameters = dict(parameters)
         self._max_norm = settings.max_grad_norm
         self._accelerator = accelerator
-        self._adamw = make_adamw(list(self.parameters.values()), settings)
+        self._adamw = make_optimizer(self.parameters, settings)
         self._adamw.register_step_post_hook(self._remember_applied)
         self._optimizer = accelerator.prepare_optimizer(self._adamw)
         self._applied = False
@@ -40,6 +42,9 @@ class AdapterUpdate:
 
         A run then holds from its beginning what it holds at its end, and no later step can fail on them half-way.
         """
+        if isinstance(self._adamw, AdamW8bit):
+            self._adamw.create_state()
+            return
         for parameter in self.parameters.values():
             state = self._adamw.state[parameter]
             if not state:
@@ -62,8 +67,7 @@ class AdapterUpdate:
 
     def set_rate(self, learning_rate: float) -> None:
         """The learning rate of the next `apply`."""
-        for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
+        set_rate(self._adamw, learning_rate)
 
     def clip(self) -> float:
         """Scales the gradients down to the recipe's norm; returns the norm before, 0 where there are none."""
@@ -81,8 +85,10 @@ class AdapterUpdate:
 
         Raises:
             RuntimeError, MemoryError: memory ran out; parameters and states are as before, gradients are not.
+            OutOfMemory: it ran out in a step that changes one part after the other, which cannot be taken back.
         """
-        counts = [state["step"] for state in self._adamw.state.values() if state]
+        whole = isinstance(self._adamw, torch.optim.AdamW) and len(self._adamw.param_groups) == 1
+        counts = [state["step"] for state in self._adamw.state.values() if state] if whole else []
         before = torch.stack(counts) if counts else None
         self._applied = False
         try:
@@ -94,6 +100,11 @@ class AdapterUpdate:
                 # What failed came after it: the scale stays where it is for one more step.
                 self._forget_unscaled()
                 return
+            if not whole:
+                raise OutOfMemory(
+                    f"memory ran out in the middle of the optimizer's step ({first_line(error)})",
+                    hint="Resume the run when more memory is free: it goes on from its last checkpoint",
+                ) from None
             # AdamW counts first, then changes everything in one operation that allocates nothing.
             if before is not None:
                 for count, value in zip(counts, before.unbind(), strict=True):
@@ -111,8 +122,13 @@ class AdapterUpdate:
         return {
             "adapter weights": list(self.parameters.values()),
             "gradients": [gradient for gradient in gradients if gradient is not None],
-            "optimizer state": list(self.tensors().values()),
+            "optimizer state": self._states(),
         }
+
+    def _states(self) -> list[Tensor]:
+        states = [value for state in self._adamw.state.values() for value in state.values()]
+        shared = self._adamw.maps if isinstance(self._adamw, AdamW8bit) else ()
+        return [*(value for value in states if isinstance(value, Tensor)), *shared]
 
     def tensors(self) -> dict[str, Tensor]:
         """AdamW's states as `PARAMETER/STATE` → tensor, sharing their memory."""

@@ -27,7 +27,7 @@ from edgepeft.engine.model.load import LoadedModel, load_model
 from edgepeft.engine.simulate import dry_run
 from edgepeft.engine.simulate.step import UnwatchedGauge
 from edgepeft.engine.training.batches import Sample
-from edgepeft.engine.training.optimizer import make_adamw
+from edgepeft.engine.training.optimizer import make_optimizer
 from edgepeft.engine.training.step import StepRunner
 from edgepeft.memory.dry_run import DryRunRequest
 from edgepeft.memory.target import CPU
@@ -164,7 +164,7 @@ def real_peaks(case: Case, config: Any, folder: Path) -> dict[str, Peak]:
     adapter = attach(loaded, "training", recipe.method, 0)
     set_active(loaded, [("training", 1.0)])
     parameters = list(adapter.named_parameters().values())
-    optimizer = make_adamw(parameters, recipe.optimizer)
+    optimizer = make_optimizer(adapter.named_parameters(), recipe.optimizer)
     runner = StepRunner(loaded, recipe, backward=lambda loss: loss.backward(), gauge=UnwatchedGauge(loaded.device))
 
     def update() -> None:
