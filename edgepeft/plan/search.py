@@ -290,10 +290,17 @@ class Search(Space):
                 least["larger micro-batches"].append(layout)
             elif layout.micro_batch_tokens == chosen.micro_batch_tokens:
                 least["larger pieces of the loss"].append(layout)
-        return {
+        found = {
             what: min(self.prediction(candidate).safe_bytes for candidate in candidates)
             for what, candidates in least.items()
             if candidates
+        }
+        # Quality goes before speed: where more memory buys it, a faster layout is not what it brings.
+        better = [found[what] for what in ("longer samples", "a more exact base", "a larger rank") if what in found]
+        return {
+            what: from_bytes
+            for what, from_bytes in found.items()
+            if from_bytes in better or from_bytes < min(better, default=math.inf)
         }
 
     def _faster(self, chosen: Candidate) -> Iterator[Candidate]:

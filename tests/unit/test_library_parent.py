@@ -172,12 +172,13 @@ def test_the_command_line_takes_it(base: ModelEntry, folder: Path, alpaca_file: 
     assert isinstance(refused.exception, UsageError)
 
 
-def test_the_digest_without_a_parent_is_as_it_was(base: ModelEntry, folder: Path, alpaca_file: Path) -> None:
+def test_the_digest_is_as_it_was_before_recipes_had_parents_and_rates_of_their_own_for_b(base: ModelEntry, folder: Path, alpaca_file: Path) -> None:
     import hashlib
 
     recipe = build(base.name, alpaca_file, OPTIONS).spec.recipe
     content = msgspec.to_builtins(recipe)
     assert content.pop("parent") is None
+    assert content["optimizer"].pop("lora_plus_ratio") == 1.0
     assert recipe.digest() == "sha256:" + hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()
     continued = build(base.name, alpaca_file, {**OPTIONS, "from_": str(folder)}).spec.recipe
     moved = msgspec.structs.replace(continued, parent=msgspec.structs.replace(continued.parent, sha256="sha256:0"))

@@ -322,7 +322,8 @@ def measure(plan: TrainPlan, measured_bytes: int) -> None:
 def test_what_runs_taught_since_is_not_called_an_edit(plan):
     measure(plan, plan.memory.peak_bytes + 50_000)
     revised = revise(plan, where="p.toml")
-    assert revised.memory.peak_bytes == plan.memory.peak_bytes + 50_000
+    # Each category is rounded by itself.
+    assert revised.memory.peak_bytes == pytest.approx(plan.memory.peak_bytes + 50_000, abs=5)
     assert any("More is known" in note for note in revised.notes)
     assert not any("edited" in note for note in revised.notes)
 
@@ -331,7 +332,7 @@ def test_a_plan_is_made_with_what_runs_taught(plan, tiny_model, alpaca_file):
     measure(plan, plan.memory.peak_bytes + 50_000)
     again = build(str(tiny_model), alpaca_file, {"gpu": "cpu", "budget": "1GiB", "rank": 4})
     assert again.memory.correction > 1
-    assert again.memory.peak_bytes == plan.memory.peak_bytes + 50_000
+    assert again.memory.peak_bytes == pytest.approx(plan.memory.peak_bytes + 50_000, abs=5)
     assert any("Predictions for Llama models on this CPU are corrected by +" in note for note in again.notes)
     (time,) = (choice for choice in again.choices if choice.what == "time")
     assert (time.value, time.why) == ("about 30 s", "as fast as a run of this model here")

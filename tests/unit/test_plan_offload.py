@@ -90,7 +90,7 @@ def test_its_speed_is_an_assumed_share() -> None:
         asked = on_card(24 * GIB, checkpointing=one, precision="nf4")
         plan = make_plan(asked)
         assert asked.lengths is not None
-        time = time_run(plan.spec, LLAMA_8B, asked.device, asked.lengths, weights_bytes=0)
+        time = time_run(plan.spec, LLAMA_8B, asked.device, asked.lengths, asked.entry)
         assert time is not None
         assert time.seconds is not None
         seconds.append(time.seconds)

@@ -20,7 +20,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[RunFolder]:
     """The runs whose worker was started; none really is."""
     found: list[RunFolder] = []
 
-    def start(run: RunFolder, *_: Any) -> None:
+    def start(run: RunFolder, *_: Any, **options: Any) -> None:
         found.append(run)
 
     monkeypatch.setattr(launch, "_start", start)
