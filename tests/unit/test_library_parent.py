@@ -172,7 +172,7 @@ def test_the_command_line_takes_it(base: ModelEntry, folder: Path, alpaca_file: 
     assert isinstance(refused.exception, UsageError)
 
 
-def test_the_digest_is_as_it_was_before_recipes_had_parents_and_rates_of_their_own_for_b(base: ModelEntry, folder: Path, alpaca_file: Path) -> None:
+def test_the_digest_is_as_it_was_before_later_fields(base: ModelEntry, folder: Path, alpaca_file: Path) -> None:
     import hashlib
 
     recipe = build(base.name, alpaca_file, OPTIONS).spec.recipe
