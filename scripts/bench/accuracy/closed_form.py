@@ -21,7 +21,7 @@ from edgepeft.memory.target import CPU, Target
 from edgepeft.memory.workload import Workload
 from edgepeft.methods import LoraConfig
 from edgepeft.models.config import read_shape
-from edgepeft.spec import BaseRef, DataRef, Layout, Recipe, RunSpec
+from edgepeft.spec import BaseRef, DataRef, Layout, Optimizer, Recipe, RunSpec
 
 FAMILIES = (
     "llama",
@@ -131,6 +131,7 @@ def _described(case: Case) -> dict[str, Any]:
         "precision": recipe.precision,
         "compute": recipe.compute_dtype,
         "rank": recipe.method.rank,
+        "optimizer": recipe.optimizer.name,
         "targets": "+".join(recipe.method.targets),
         "dropout": recipe.method.dropout,
         "tokens": workload.tokens,
@@ -145,11 +146,12 @@ def _described(case: Case) -> dict[str, Any]:
 def _case(chance: random.Random, family: str, precision: Any, target: Target) -> Case:
     config = _config(chance, family)
     computes = ("bf16", "bf16", "bf16", "fp16", "fp32") if target.kind == "cuda" else ("bf16", "bf16", "fp32")
+    rank = min(chance.choice((4, 8, 16, 32, 64)), config["num_key_value_heads"] * config["head_dim"])
     recipe = Recipe(
         base=BaseRef("drawn", "sha256:0", ""),
         data=DataRef("", "", ""),
         method=LoraConfig(
-            rank=min(chance.choice((4, 8, 16, 32, 64)), config["num_key_value_heads"] * config["head_dim"]),
+            rank=rank,
             targets=_targets(chance, family),
             dropout=chance.choice((0.0, 0.0, 0.05)),
         ),
@@ -157,10 +159,11 @@ def _case(chance: random.Random, family: str, precision: Any, target: Target) ->
         compute_dtype=chance.choice(computes),
         max_seq_len=8192,
         samples_per_step=16,
+        optimizer=Optimizer(name="adamw8bit" if rank > 16 else "adamw"),
     )
     layout = Layout(
         micro_batch_tokens=16384,
-        checkpointing=chance.choice(("layer", "layer", "none")),
+        checkpointing=chance.choice(("layer", "offload" if target.kind == "cuda" else "layer", "none")),
         loss_chunk_tokens=chance.choice((32, 64, 256, 1024)),
     )
     tokens, longest = _length(chance)
