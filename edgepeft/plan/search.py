@@ -296,11 +296,11 @@ class Search(Space):
             if candidates
         }
         # Quality goes before speed: where more memory buys it, a faster layout is not what it brings.
-        better = [found[what] for what in ("longer samples", "a more exact base", "a larger rank") if what in found]
+        quality = [found[what] for what in ("longer samples", "a more exact base", "a larger rank") if what in found]
         return {
             what: from_bytes
             for what, from_bytes in found.items()
-            if from_bytes in better or from_bytes < min(better, default=math.inf)
+            if from_bytes in quality or from_bytes < min(quality, default=math.inf)
         }
 
     def _faster(self, chosen: Candidate) -> Iterator[Candidate]:
