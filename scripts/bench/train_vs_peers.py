@@ -30,6 +30,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ENGINES = ("edgepeft-nf4", "trl-nf4", "peft-nf4", "edgepeft-bf16", "peft-bf16")
 HELD_OUT = 40
 """Records that losses are compared on."""
+PEER_ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+"""Peers run as their users run them; edgepeft's worker has the environment that its launcher gives it."""
 CEILING_SIZE, CEILING_REPEATS = 4096, 5
 """Rows of the square matrices whose product is the ceiling, and how often it is measured."""
 
