@@ -163,10 +163,9 @@ def compare(options, folder):
             command = [sys.executable, __file__, "--child", engine, *map(str, files)]
             log = Path(task.folder) / "log.txt"
             with log.open("w") as out:
-                code = subprocess.run(
-                    command, env=worker_environment("cpu"), stdout=out, stderr=out, check=False
-                ).returncode
-            if code:
+                extra = worker_environment("cpu") if engine.startswith("edgepeft") else PEER_ENVIRONMENT
+                child = subprocess.run(command, env=os.environ | extra, stdout=out, stderr=out, check=False)
+            if child.returncode:
                 sys.exit(f"{engine} failed:\n{log.read_text(encoding='utf-8')[-3000:]}")
             found = results[engine] = json.loads(files[1].read_text(encoding="utf-8"))
             told = f"{engine}, {found['tokens_per_second']:.0f} tokens/s"
