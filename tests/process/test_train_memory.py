@@ -85,7 +85,7 @@ def test_an_allocator_that_refuses_makes_the_layout_smaller(tmp_path: Path) -> N
 def test_where_nothing_fits_the_worker_ends_with_what_would_help(tmp_path: Path) -> None:
     base = tiny_base(tmp_path, hidden_size=128, intermediate_size=1024, num_hidden_layers=4, head_dim=32)
     data = describe_data(long_samples(tmp_path / "long.jsonl"), eval_fraction=0.0)
-    run = tiny_run(tmp_path, base, data=data, max_steps=1, budget_bytes=2 * base.weights_bytes)
+    run = tiny_run(tmp_path, base, data=data, max_steps=1, budget_bytes=base.weights_bytes * 5 // 4)
     assert work(run, 0) == ExitCode.OUT_OF_MEMORY, run.log_file.read_text()
     (failed,) = of_type(read_events(run.events_file), Failed)
     assert "--max-seq-len" in failed.message
