@@ -172,6 +172,16 @@ def test_only_what_no_watched_micro_batch_covers_is_watched() -> None:
     assert gauge.wants(Size(70, 70, 7))
 
 
+def test_what_is_predicted_to_need_less_is_not_watched() -> None:
+    gauge = MemoryGauge(torch.device("cpu"))
+    gauge.predict = lambda size: 10 * size.tokens + size.longest
+    with gauge.watch(Size(100, 20, 8)):
+        pass
+    assert not gauge.wants(Size(90, 90, 8))
+    assert gauge.wants(Size(98, 30, 8))
+    assert gauge.wants(Size(101, 10, 8))
+
+
 def test_memory_is_measured_by_category_and_adds_up(tmp_path: Path, base: ModelEntry) -> None:
     run = tiny_run(tmp_path, base, eval_every_steps=3)
     events = train(run)

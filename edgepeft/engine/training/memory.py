@@ -29,10 +29,15 @@ class Size(NamedTuple):
     """Whether there are gradients before it."""
 
 
+NEAR_LARGEST = 0.97
+"""Predicted need, as a share of the largest that was watched, from which a micro-batch is watched too."""
+
+
 class MemoryGauge:
     """The highest memory that training took, measured without slowing down micro-batches that cannot raise it.
 
-    On the CPU a micro-batch is watched when it is larger than all that were watched before.
+    On the CPU a micro-batch is watched when in some respect it is larger than each that was watched before, unless it is
+    predicted to need less.
 
     Args:
         device: of the run.
@@ -47,7 +52,10 @@ class MemoryGauge:
         self.device = device
         self._limit_bytes = limit_bytes if device.type == "cpu" else None
         self._known = known or (lambda: {})
+        self.predict: Callable[[Size], int] | None = None
+        """Tells what a micro-batch needs, where that is known; only comparisons count."""
         self._watched: list[Size] = []
+        self._most_predicted = 0
         self._evaluated: list[Size] = []
         self._peak_of_categories = 0
         self.live_bytes = 0
@@ -63,8 +71,12 @@ class MemoryGauge:
         return torch.cuda.max_memory_reserved(self.device) if self.device.type == "cuda" else None
 
     def wants(self, size: Size) -> bool:
-        """Whether a training micro-batch is worth watching: none that was watched is at least as large."""
-        return self.device.type != "cpu" or not _covered(size, self._watched)
+        """Whether a training micro-batch is worth watching: none that was watched needs as much."""
+        if self.device.type != "cpu":
+            return True
+        if _covered(size, self._watched):
+            return False
+        return self.predict is None or self.predict(size) >= NEAR_LARGEST * self._most_predicted
 
     def wants_evaluation(self, size: Size) -> bool:
         """The same for a micro-batch of an evaluation."""
@@ -94,6 +106,8 @@ class MemoryGauge:
                 self._evaluated = _with(size, self._evaluated)
             elif size is not None:
                 self._watched = _with(size, self._watched)
+                if self.predict is not None:
+                    self._most_predicted = max(self._most_predicted, self.predict(size))
         finally:
             if ledger.peak_bytes > self._peak_of_categories:
                 self._peak_of_categories = ledger.peak_bytes

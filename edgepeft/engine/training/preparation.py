@@ -12,12 +12,15 @@ import msgspec
 
 from edgepeft.engine.kernels import target_of
 from edgepeft.engine.training.ending import reason_to_end
-from edgepeft.engine.training.probe import choose_trials, try_micro_batch
+from edgepeft.engine.training.memory import Size
+from edgepeft.engine.training.probe import choose_trials, step_bytes, try_micro_batch
 from edgepeft.engine.training.recovery import first_line, is_out_of_memory, smaller_layout
 from edgepeft.engine.training.step import MicroBatchTooLarge
 from edgepeft.engine.training.stopping import StopRun
 from edgepeft.errors import OutOfMemory
+from edgepeft.memory.assembly import is_exact
 from edgepeft.memory.optimizer import state_bytes
+from edgepeft.memory.workload import Workload
 from edgepeft.plan.workloads import MicroBatchSize, StepList
 from edgepeft.runs.events import Cause, PhaseChanged, Warned
 from edgepeft.units import format_bytes
@@ -40,6 +43,7 @@ def prepare(training: Training, smaller: Cause | None = None) -> bool:
     training.tell_memory("load")
     if reason_to_end(training.position, training.steps, training.plan.spec.upkeep) is not None:
         return False
+    _let_gauge_compare(training)
     try:
         _create_state(training)
         if smaller is not None:
@@ -48,6 +52,22 @@ def prepare(training: Training, smaller: Cause | None = None) -> bool:
     except StopRun:
         return True
     return False
+
+
+def _let_gauge_compare(training: Training) -> None:
+    """Tells the gauge what micro-batches need, so that only those are followed that may need most."""
+    shape, target = training.loaded.shape, target_of(training.loaded.device)
+    if not is_exact(shape):
+        return
+
+    def predict(size: Size) -> int:
+        spec = msgspec.structs.replace(training.plan.spec, layout=training.position.layout)
+        # Which rows of all meet the head matters little: all of them, for every micro-batch alike.
+        return step_bytes(
+            spec, shape, target, Workload(size.tokens, size.longest, size.tokens, alone=not size.gradients)
+        )
+
+    training.gauge.predict = predict
 
 
 def _create_state(training: Training) -> None:

@@ -42,12 +42,16 @@ def choose_trials(run: StepList, spec: RunSpec, shape: ModelShape, target: Targe
     real = [size if size.samples else _largest_of_step(run, size.step, cap) for size in largest_micro_batches(run, cap)]
 
     def needed(size: MicroBatchSize) -> int:
-        workload = Workload(size.tokens, size.longest, size.trained, alone=not size.later)
-        phases = estimate_training(spec, shape, workload, target).phases
-        return next(phase.total_bytes for phase in phases if phase.name == "train step")
+        return step_bytes(spec, shape, target, Workload(size.tokens, size.longest, size.trained, alone=not size.later))
 
     ranked = sorted(((needed(size), size) for size in real), key=lambda item: (-item[0], -item[1].tokens))
     return [size for bytes_, size in ranked if bytes_ >= NEAR * ranked[0][0]][:MOST_TRIALS]
+
+
+def step_bytes(spec: RunSpec, shape: ModelShape, target: Target, workload: Workload) -> int:
+    """The predicted peak of a train step."""
+    phases = estimate_training(spec, shape, workload, target).phases
+    return next(phase.total_bytes for phase in phases if phase.name == "train step")
 
 
 def _largest_of_step(run: StepList, step: int, cap: int) -> MicroBatchSize:
