@@ -177,7 +177,7 @@ def test_what_is_predicted_to_need_less_is_not_watched() -> None:
     gauge.predict = lambda size: 10 * size.tokens + size.longest
     with gauge.watch(Size(100, 20, 8)):
         pass
-    assert not gauge.wants(Size(90, 90, 8))
+    assert not gauge.wants(Size(90, 50, 8))
     assert gauge.wants(Size(98, 30, 8))
     assert gauge.wants(Size(101, 10, 8))
 

@@ -36,7 +36,7 @@ NEAR_LARGEST = 0.97
 class MemoryGauge:
     """The highest memory that training took, measured without slowing down micro-batches that cannot raise it.
 
-    On the CPU a micro-batch is watched when in some respect it is larger than each that was watched before, unless it is
+    On the CPU a micro-batch is watched when in some respect it is larger than each one watched before, unless it is
     predicted to need less.
 
     Args:
