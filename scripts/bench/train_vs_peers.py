@@ -1,7 +1,7 @@
 """Training beside PEFT and TRL: the same records, tokens, rank and steps, each engine in a process of its own, in turn.
 
-    python scripts/bench/train_vs_peers.py [--rounds 3] [--steps 12] [--model NAME] [--data FILE] [--rank 16]
-        [--samples-per-step 4] [--max-seq-len 512] [--micro-batch-tokens 1024] [--checkpointing layer]
+    python scripts/bench/train_vs_peers.py [--rounds 3] [--steps 4] [--model NAME] [--data FILE] [--rank 16]
+        [--samples-per-step 16] [--max-seq-len 512] [--micro-batch-tokens 1024] [--checkpointing layer]
         [--engines edgepeft-nf4 …] [--seed 0] [--json FILE]
 
 Engines: edgepeft-nf4, trl-nf4, peft-nf4, edgepeft-bf16, peft-bf16. TRL runs its SFTTrainer by its own defaults, with
@@ -39,12 +39,12 @@ CEILING_SIZE, CEILING_REPEATS = 4096, 5
 def parse(arguments):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=12, help="of each engine in each round, the first one not timed")
+    parser.add_argument("--steps", type=int, default=4, help="of each engine in each round, the first one not timed")
     parser.add_argument("--model", default="smollm2-135m", help="a name in the store, a folder or a GGUF file")
     parser.add_argument("--data", metavar="FILE", help="records in any form that edgepeft reads")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
-    parser.add_argument("--samples-per-step", type=int, default=4)
+    parser.add_argument("--samples-per-step", type=int, default=16)
     parser.add_argument("--peer-batch", type=int, default=4, help="samples of a peer's micro-batch")
     parser.add_argument("--max-seq-len", type=int, default=512, help="longer records are left out")
     parser.add_argument("--micro-batch-tokens", type=int, default=1024, help="of edgepeft")

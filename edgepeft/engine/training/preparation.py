@@ -20,6 +20,7 @@ from edgepeft.engine.training.stopping import StopRun
 from edgepeft.errors import OutOfMemory
 from edgepeft.memory.assembly import is_exact
 from edgepeft.memory.optimizer import state_bytes
+from edgepeft.memory.weights import base_bytes
 from edgepeft.memory.workload import Workload
 from edgepeft.plan.workloads import MicroBatchSize, StepList
 from edgepeft.runs.events import Cause, PhaseChanged, Warned
@@ -59,13 +60,14 @@ def _let_gauge_compare(training: Training) -> None:
     shape, target = training.loaded.shape, target_of(training.loaded.device)
     if not is_exact(shape):
         return
+    recipe = training.plan.spec.recipe
+    base = sum(base_bytes(shape, recipe.precision, recipe.compute_dtype).values())
 
     def predict(size: Size) -> int:
         spec = msgspec.structs.replace(training.plan.spec, layout=training.position.layout)
         # Which rows of all meet the head matters little: all of them, for every micro-batch alike.
-        return step_bytes(
-            spec, shape, target, Workload(size.tokens, size.longest, size.tokens, alone=not size.gradients)
-        )
+        workload = Workload(size.tokens, size.longest, size.tokens, alone=not size.gradients)
+        return step_bytes(spec, shape, target, workload) - base
 
     training.gauge.predict = predict
 
