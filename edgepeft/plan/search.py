@@ -35,6 +35,8 @@ LENGTH_STEP = 16
 """A length that memory limits is a multiple of this."""
 MICRO_BATCH_STEPS = 16
 """Sizes of micro-batches that are tried from some tokens to twice as many."""
+SCALAR_BYTES = 1024
+"""Room for what is too small for the ledger: sums, counters, the states of generators."""
 NEAR_BUDGET = ((1_000, math.inf), (20_000, 2.0), (math.inf, 1.15))
 """For runs of up to so many samples, all steps together: the bound, in budgets, up to which micro-batches are counted
 instead; in long runs that takes a fraction of a second."""
@@ -109,7 +111,7 @@ class Search(Space):
         return next(near for most, near in NEAR_BUDGET if samples <= most)
 
     def _needed(self, prediction: Prediction) -> int:
-        return prediction.safe_bytes if self.careful else prediction.memory.peak_bytes
+        return prediction.safe_bytes if self.careful else prediction.memory.peak_bytes + SCALAR_BYTES
 
     @property
     def leanest_of_all(self) -> Candidate:

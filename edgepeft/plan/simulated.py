@@ -20,7 +20,7 @@ from edgepeft.memory.breakdown import Breakdown
 from edgepeft.memory.calibration import base_bytes_of, corrected
 from edgepeft.memory.dry_run import DryRun, DryRunRequest
 from edgepeft.plan.request import Candidate, PlanRequest
-from edgepeft.plan.search import Search, describe_plan, make_plan
+from edgepeft.plan.search import SCALAR_BYTES, Search, describe_plan, make_plan
 from edgepeft.plan.train_plan import TrainPlan
 from edgepeft.plan.verify import CannotSimulateError
 from edgepeft.spec import Checkpointing
@@ -144,7 +144,7 @@ class _Rounds:
         plan = describe_plan(search, chosen)
         found = self._dry_run(search, chosen)
         memory = self._expected(search, found)
-        if memory.peak_bytes > self._request.budget_bytes:
+        if memory.peak_bytes + SCALAR_BYTES > self._request.budget_bytes:
             self._told = [
                 f"Planned again: a first choice would have held {format_bytes(memory.peak_bytes)} in the dry run."
             ]

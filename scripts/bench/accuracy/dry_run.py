@@ -51,6 +51,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": 4},
     "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 64, "head_dim": 32},
 }
+MIXTURES = ("mixtral", "qwen3_moe")
 CASES, QUICK_CASES = 52, 10
 
 
@@ -186,8 +187,10 @@ def real_peaks(case: Case, config: Any, folder: Path) -> dict[str, Peak]:
         update()
     optimizer.zero_grad(set_to_none=True)
     samples = _samples(workload.held_out_lengths(), workload.held_out_trained, case.vocab)
+    # The held-out micro-batch is one, however large it was drawn.
+    roomy = msgspec.structs.replace(layout, micro_batch_tokens=max(workload.tokens, workload.held_out_tokens))
     with _following(peaks, "evaluation", existing()):
-        runner.evaluate(samples, layout)
+        runner.evaluate(samples, roomy)
     return peaks
 
 
@@ -267,9 +270,14 @@ def _case(chance: random.Random, family: str, precision: Any) -> Case:
     tokens = longest * chance.choice((1, 1, 2)) + chance.choice((0, 17))
     trained = chance.choice((tokens, tokens // 2, tokens // 8))
     held_out = chance.choice((tokens, 30, 500))
+    rank, targets = (
+        chance.choice((2, 8, 16, 32)),
+        chance.choice((("all-linear",), ("o_proj", "down_proj"), ("o_proj",))),
+    )
     method = LoraConfig(
-        rank=chance.choice((2, 8, 16, 32)),
-        targets=chance.choice((("all-linear",), ("o_proj", "down_proj"), ("o_proj",))),
+        rank=rank,
+        # A mixture's experts are no linears.
+        targets=("o_proj",) if "down_proj" in targets and family in MIXTURES else targets,
         dropout=chance.choice((0.0, 0.0, 0.1)),
     )
     recipe = Recipe(
