@@ -305,7 +305,7 @@ def test_dropout_is_a_function_of_seed_step_sample_and_module(tiny_model: Path) 
     for key, parameter in adapter.updates["model.layers.0.mlp.up_proj"].named_tensors().items():
         assert parameter.grad is not None
         torch.testing.assert_close(forward[key], backward[key])
-        # The samples lie in another order, so float32 sums differ by rounding.
+        # One product over all samples and a sum over products of each: float32 rounds differently, by processor.
         torch.testing.assert_close(parameter.grad, forward[key], rtol=1e-5, atol=1e-5)
         assert not torch.allclose(later[key], forward[key])
     with dropout_context(7, 0, [0], [4]), pytest.raises(ValueError, match="names 4 tokens"):
