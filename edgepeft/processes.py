@@ -12,13 +12,13 @@ from typing import IO, Any
 _WORKERS = "edgepeft.engine.workers"
 
 ONEDNN_PRIMITIVES = 128
-"""Compiled products that oneDNN keeps; each takes some half a megabyte, and its own limit is 1,024."""
+"""Compiled products that oneDNN keeps; each takes some hundred kilobytes, and its own limit is 1,024."""
 OPENMP_SPINS = 1000
 """Turns that a thread waits for the next product before it sleeps; read by GNU's OpenMP, which torch's Linux wheels
 bring. On two cores, training alone ran at 303 tokens/s with none, 508 with 1,000 and 537 with 50,000; two runs at once
-at 590, 413 and 56 together."""
-GLIBC_TUNABLES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0"
-"""No lists of freed small blocks beside the heap."""
+at 590, 413 and 56 together. With 4,000, two runs had half of what they have with 1,000."""
+GLIBC_TUNABLES = "glibc.malloc.tcache_count=0:glibc.malloc.mxfast=0:glibc.malloc.hugetlb=1"
+"""No lists of freed small blocks beside the heap, and pages of 2 MiB for it where the system has them."""
 
 
 CUBLAS_WORKSPACE = ":4096:8"
@@ -55,11 +55,12 @@ def worker_environment(device: str = "cpu", *, deterministic: bool = False) -> d
     # glibc does by default, keeps the tensor's own block from growing back to a size that the next like it fits in:
     # the heap of a training run then becomes half as large again as the tensors in it. Without those lists it stays
     # within some percent of them at the same processor time. Large blocks mapped one by one (M_MMAP_THRESHOLD) need
-    # as little, but a quarter more time for fresh pages. Other C libraries do not read the variable.
+    # as little, but a quarter more time for fresh pages. Large pages are 1,000 faults a step instead of 10,000 and some
+    # percent of its time. Other C libraries do not read the variable.
     environment.setdefault("GLIBC_TUNABLES", GLIBC_TUNABLES)
-    # oneDNN compiles a product for every shape, and packed rows are hardly ever equally long: new ones would pile up
-    # for hours. A layer and its backward have some 25 shapes, and 5 for each length of a sample in the micro-batch; all
-    # layers have the same. So this many are found again as often as with no limit.
+    # oneDNN compiles a product for every shape. Rows are filled up (memory.chunks), which leaves some hundreds. A layer
+    # and its backward have 25 of them, and five for each length of a sample in the micro-batch, and all layers have
+    # the same. So this many are found again as often as with no limit.
     environment.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", str(ONEDNN_PRIMITIVES))
     if deterministic and device != "cpu":
         environment["CUBLAS_WORKSPACE_CONFIG"] = CUBLAS_WORKSPACE

@@ -154,7 +154,7 @@ def plan_with(
         angle_bytes=_angle_bytes(shape, c) * tokens,
         converts=given.target.kind == "cpu",
         loss=LossPlan(
-            rows=given.trained,
+            trained=given.trained,
             chunk_rows=given.loss_chunk_tokens,
             row_bytes=c * shape.hidden,
             vocab=shape.vocab,

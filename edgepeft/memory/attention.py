@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import msgspec
 
-from edgepeft.memory.chunks import ATTENTION_ROWS
+from edgepeft.memory.chunks import ATTENTION_ROWS, in_attention_steps
 from edgepeft.memory.operations import FLOAT32
 from edgepeft.memory.tape import Node, Tape, Tensor
 from edgepeft.memory.target import Attention
@@ -76,7 +78,7 @@ def _gradients(tape: Tape, plan: AttentionPlan) -> list[Tensor | None]:
 
 def _in_blocks(tape: Tape, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     out = Tensor(tape, plan.tokens * plan.query_bytes)
-    tape.touch(max(_block_forward(plan, *block) for block in _blocks(plan)))
+    tape.touch(max(_block_forward(plan, block) for block in _blocks(plan)))
     wanted = _wanted(q, k, v)
     if wanted is not None:
 
@@ -84,7 +86,7 @@ def _in_blocks(tape: Tape, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan)
             # Held to the end of the call.
             g = node.take()
             gradients = _gradients(tape, plan)
-            tape.touch(max(_block_backward(plan, *block) for block in _blocks(plan)))
+            tape.touch(max(_block_backward(plan, block) for block in _blocks(plan)))
             del g
             return gradients
 
@@ -92,65 +94,67 @@ def _in_blocks(tape: Tape, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan)
     return out
 
 
-def _blocks(plan: AttentionPlan) -> list[tuple[int, int]]:
-    """(rows, keys) of the blocks of the longest sample that can be its highest point."""
+class _Block(NamedTuple):
+    """What of a block decides its memory: rows and keys as they are computed, and the keys from its first row on."""
+
+    rows: int
+    keys: int
+    keys_from_rows: int
+    own_rows: int
+    """Without those that are only added."""
+
+
+def _blocks(plan: AttentionPlan) -> list[_Block]:
+    """The blocks of the longest sample that can be its highest point."""
     length = plan.lengths[0]
     found = []
     for begin in range(0, length, ATTENTION_ROWS)[-2:]:
         end = min(begin + ATTENTION_ROWS, length)
         first = 0 if plan.window is None else max(0, begin - plan.window + 1)
-        found.append((end - begin, end - first))
+        keys = min(in_attention_steps(end - first), plan.tokens)
+        found.append(_Block(in_attention_steps(end - begin), keys, keys - (begin - first), end - begin))
     return found
 
 
-def _hiding_bytes(plan: AttentionPlan, rows: int, keys: int) -> int:
+def _hiding_bytes(plan: AttentionPlan, block: _Block) -> int:
     """The mask of a block."""
     if plan.window is None:
-        return rows * rows * _BOOL
-    return 3 * rows * keys * _BOOL + (rows + keys) * _INT64
+        return block.rows * block.keys_from_rows * plan.compute_bytes
+    # Three comparisons' results, two of which become one; positions are int64.
+    return 3 * block.rows * block.keys * _BOOL + (2 * block.rows + block.keys) * _INT64
 
 
-def _score_bytes(plan: AttentionPlan, rows: int, keys: int) -> int:
-    return plan.compute_bytes * plan.heads * rows * keys
+def _score_bytes(plan: AttentionPlan, block: _Block) -> int:
+    return plan.compute_bytes * plan.heads * block.rows * block.keys
 
 
-def _probabilities(plan: AttentionPlan, rows: int, keys: int) -> int:
+def _probabilities(plan: AttentionPlan, block: _Block) -> int:
     """The highest point while probabilities are formed, scaled queries included."""
-    scores = _score_bytes(plan, rows, keys)
-    scaled = rows * plan.query_bytes
-    copied = scaled if _copies_rows(plan) else 0
-    hiding = _hiding_bytes(plan, rows, keys)
-    if plan.softcap:
-        return scaled + max(copied + scores, 3 * scores + hiding, 4 * scores)
-    return scaled + max(copied + scores, scores + hiding, 2 * scores)
+    scores = _score_bytes(plan, block)
+    hiding = _hiding_bytes(plan, block)
+    scaled = block.rows * plan.query_bytes
+    return scaled + (max(3 * scores, 2 * scores + hiding) if plan.softcap else scores + hiding)
 
 
-def _copies_rows(plan: AttentionPlan) -> bool:
-    """Whether queries that share a key have to be copied to become rows of one product."""
-    return plan.heads != plan.kv_heads and not plan.heads_first
+def _block_forward(plan: AttentionPlan, block: _Block) -> int:
+    return max(_probabilities(plan, block), 2 * block.rows * plan.query_bytes + _score_bytes(plan, block))
 
 
-def _block_forward(plan: AttentionPlan, rows: int, keys: int) -> int:
-    return max(_probabilities(plan, rows, keys), rows * plan.query_bytes + _score_bytes(plan, rows, keys))
-
-
-def _block_backward(plan: AttentionPlan, rows: int, keys: int) -> int:
-    scores = _score_bytes(plan, rows, keys)
-    scaled = rows * plan.query_bytes
-    part = scaled if plan.heads != plan.kv_heads else 0
-    keyed = keys * plan.key_bytes
+def _block_backward(plan: AttentionPlan, block: _Block) -> int:
+    scores = _score_bytes(plan, block)
+    scaled = block.rows * plan.query_bytes
+    keyed = block.keys * plan.key_bytes
     slope = scores if plan.softcap else 0
     several = plan.lengths[0] > ATTENTION_ROWS
     # Sums over blocks are float32.
     sums = 2 * FLOAT32 * plan.lengths[0] * plan.key_bytes // plan.compute_bytes if several else 0
-    copied = scaled if _copies_rows(plan) else 0
     converted = (
         FLOAT32 * keyed // plan.compute_bytes if plan.converts and several and plan.compute_bytes != FLOAT32 else 0
     )
     highest = max(
-        _probabilities(plan, rows, keys),
-        scaled + part + keyed + 3 * scores + slope,
-        scaled + part + keyed + scores + slope + max(scaled, copied + keyed, keyed + converted),
+        _probabilities(plan, block),
+        2 * scaled + keyed + 2 * scores + slope,
+        2 * scaled + keyed + scores + slope + max(scaled, keyed + converted),
     )
     return sums + highest
 

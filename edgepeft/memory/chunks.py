@@ -11,6 +11,13 @@ LOSS_SCRATCH_BYTES: dict[DeviceKind, int] = {"cpu": 4 * MIB, "cuda": 64 * MIB}
 ATTENTION_ROWS = 256
 """Query rows whose scores exist at one time in the block attention: bounds the workspace, and skips half of a long
 triangle."""
+TOKEN_STEP = 64
+"""Packed rows, and the rows that meet the head, are filled up to a multiple of this. oneDNN keeps a quarter of a
+megabyte for every shape that a product ever had, for good: with rows of any length a run over a million samples would
+grow by gigabytes. Blocks of few sizes leave an allocator fewer holes, and a card's matrix units no edges."""
+ATTENTION_STEP = 32
+"""Rows and keys of such a block are computed in multiples of this. A softmax over 16-bit rows that end in the middle of
+a vector takes two to five times as long on the CPU, and fewer shapes are fewer compiled products."""
 ELEMENTWISE_CHUNK = 1 << 17
 """Entries that norms and activations work on at one time on the CPU, in float32: what one pass leaves in the cache, the
 next one finds there."""
@@ -29,3 +36,24 @@ PREFILL_TOKENS = 512
 them."""
 BATCH_PREFILL = 4
 """The same for many prompts together, as a multiple of `PREFILL_TOKENS`."""
+
+
+def in_token_steps(count: int) -> int:
+    """`count` rounded up to a multiple of `TOKEN_STEP`."""
+    return -(-count // TOKEN_STEP) * TOKEN_STEP
+
+
+def loss_rows(trained: int, chunk_rows: int) -> int:
+    """Rows that meet the head, the last chunk filled up.
+
+    Args:
+        trained: tokens whose successor carries loss.
+        chunk_rows: rows of a chunk.
+    """
+    rest = trained % chunk_rows
+    return trained - rest + min(in_token_steps(rest), chunk_rows)
+
+
+def in_attention_steps(count: int) -> int:
+    """`count` rounded up to a multiple of `ATTENTION_STEP`."""
+    return -(-count // ATTENTION_STEP) * ATTENTION_STEP

@@ -56,7 +56,7 @@ def estimate_training(spec: RunSpec, shape: ModelShape, workload: Workload, targ
         )
         return plan_micro_batch(shape, given, recipe.method)
 
-    batch = planned(workload.lengths(), workload.trained, training=True)
+    batch = planned(workload.row_lengths(), workload.trained, training=True)
     resident = _sum(
         base,
         {
@@ -76,7 +76,7 @@ def estimate_training(spec: RunSpec, shape: ModelShape, workload: Workload, targ
         ("load", *_load(shape, recipe.precision, recipe.compute_dtype, base, target)),
         ("train step", _sum(resident, _given(batch), before, _ledger(step)), step.name),
     ]
-    if held_out := workload.held_out_lengths():
+    if held_out := workload.held_out_row_lengths():
         batch = planned(held_out, workload.held_out_trained, training=False)
         forward = evaluate(batch)
         phases.append(("evaluation", _sum(resident, _given(batch), _ledger(forward)), forward.name))
@@ -106,7 +106,7 @@ def _states(spec: RunSpec, shape: ModelShape, trained_bytes: int, tensors: int) 
 
 def _given(batch: MicroBatchPlan) -> Ledger:
     """What a micro-batch is made of: ids and positions, trained rows and targets."""
-    return {"workspace": INT64 * 2 * (batch.tokens + batch.loss.rows)}
+    return {"workspace": INT64 * 2 * (batch.tokens + batch.loss.trained)}
 
 
 def _load(

@@ -35,7 +35,9 @@ def full_finetuning_bytes(
         target: the device.
         loss_chunk_tokens: rows of hidden states whose logits exist at one time.
     """
-    given = Pass("fp32", compute_dtype, target, workload.lengths(), workload.trained, loss_chunk_tokens, training=True)
+    given = Pass(
+        "fp32", compute_dtype, target, workload.row_lengths(), workload.trained, loss_chunk_tokens, training=True
+    )
     # A weight in another dtype is copied for its products.
     copy = 0 if compute_dtype == "fp32" else ELEMENT_BYTES[compute_dtype]
 

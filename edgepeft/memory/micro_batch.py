@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
+from edgepeft.memory.chunks import in_token_steps, loss_rows
 from edgepeft.memory.operations import FLOAT32, Operations
 from edgepeft.memory.programs import LayerPlan, Program
 from edgepeft.memory.tape import GRADIENTS, LOSS, RECOMPUTED, Peak, Tape, Tensor
@@ -19,8 +20,8 @@ from edgepeft.methods import LayerTerms, LinearTerms
 class LossPlan(msgspec.Struct, frozen=True):
     """The cross-entropy over the vocabulary, a chunk of rows at a time (engine.training.loss)."""
 
-    rows: int
-    """Rows that meet the head."""
+    trained: int
+    """Tokens whose successor carries loss."""
     chunk_rows: int
     """Rows of one chunk."""
     row_bytes: int
@@ -104,7 +105,7 @@ def train(plan: MicroBatchPlan, *, checkpointed: bool, alone: bool, offloaded: b
     tape.enter("backward of the loss")
     tape.category = RECOMPUTED
     end.gradient = Tensor(tape, plan.tokens * plan.loss.row_bytes)
-    tape.touch(plan.loss.rows * plan.loss.row_bytes)
+    tape.touch(plan.loss.trained * plan.loss.row_bytes)
     del gradient, end
     held: list[Tensor] = []
 
@@ -216,15 +217,16 @@ def _layer_of(program: Program, ops: Operations, plan: LayerPlan) -> Callable[[T
 def _loss(plan: LossPlan, tape: Tape) -> Tensor | None:
     """The gradient of the rows that meet the head; None without gradients."""
     recording = tape.nodes is not None
-    gradient = Tensor(tape, plan.rows * plan.row_bytes) if recording else None
-    if not plan.rows:
+    chunk = min(plan.chunk_rows, max(in_token_steps(plan.trained), 1))
+    rows = loss_rows(plan.trained, chunk)
+    gradient = Tensor(tape, rows * plan.row_bytes) if recording else None
+    if not plan.trained:
         return gradient
-    chunk = min(plan.chunk_rows, plan.rows)
     buffer = Tensor(tape, chunk * plan.vocab * plan.compute_bytes)
     picked = Tensor(tape, chunk * plan.row_bytes)
     # The rows of the chunk before live until the next ones are there.
-    tape.touch(min(chunk, plan.rows - chunk) * plan.row_bytes)
-    step = max(1, min(chunk, plan.scratch_bytes // (FLOAT32 * plan.vocab)))
+    tape.touch(min(chunk, rows - chunk) * plan.row_bytes)
+    step = max(1, min(chunk, plan.trained, plan.scratch_bytes // (FLOAT32 * plan.vocab)))
     tape.touch((2 if plan.softcap and recording else 1) * step * plan.vocab * FLOAT32)
     del buffer, picked
     return gradient

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from edgepeft.memory.breakdown import Breakdown, Category, Phase
+from edgepeft.memory.chunks import ATTENTION_STEP, TOKEN_STEP
 from edgepeft.memory.unseen import Provenance
 from edgepeft.processes import ONEDNN_PRIMITIVES
 from edgepeft.spec import Recipe, RunSpec
-from edgepeft.units import MIB
+from edgepeft.units import KIB, MIB
 
 if TYPE_CHECKING:
     from edgepeft.hardware.snapshot import HostSnapshot
@@ -27,11 +28,15 @@ BITSANDBYTES_BYTES = 42 * MIB
 """What importing bitsandbytes leaves; a run does so when it loads a base in NF4."""
 MKL_BYTES_OF_THREAD = 5 * MIB
 """Panels that MKL packs matrices into; each thread of a product keeps its own."""
-ONEDNN_BYTES_OF_PRIMITIVE = MIB // 2
-"""A compiled product with its descriptors."""
-ONEDNN_BYTES_WITHOUT_AMX = MIB
-"""The same in 16 bit on a processor without AMX, packed operands included."""
-HEAP_SHARE = 0.06
+ONEDNN_BYTES_OF_SHAPE = 277 * KIB
+"""What oneDNN keeps for each shape that a product ever had, whatever its cache forgets."""
+ONEDNN_BYTES_OF_PRIMITIVE = 340 * KIB
+"""What it keeps beside that for a compiled product in its cache."""
+SHAPES_OF_ROW_LENGTH = 27
+"""Shapes of products that the layers and the head have with rows of one length, in forward and backward."""
+SHAPES_OF_SAMPLE_LENGTH = 3.3
+"""Shapes that attention adds for samples of one length; four to six, some of which other lengths share."""
+HEAP_SHARE = 0.15
 """Holes in the heap, as a share of the tensors that come and go."""
 _KEPT: tuple[Category, ...] = ("frozen weights", "quantization constants", "embeddings and head")
 """Made once while loading, after which free memory is given back: they leave no holes."""
@@ -47,6 +52,17 @@ class ResidentRow(msgspec.Struct, frozen=True):
     """Where the figure is from."""
 
 
+class Traffic(msgspec.Struct, frozen=True):
+    """What a run computes on: how many shapes its products get depends on it."""
+
+    micro_batches: int
+    """Of all steps and evaluations."""
+    samples: int
+    """Sequences in them."""
+    longest: int
+    """Tokens of the longest sample."""
+
+
 class Resident(msgspec.Struct, frozen=True):
     """The prediction of a process's resident memory."""
 
@@ -60,22 +76,24 @@ class Resident(msgspec.Struct, frozen=True):
         return sum(row.size_bytes for row in self.rows)
 
 
-def predict_resident(memory: Breakdown, spec: RunSpec, host: HostSnapshot) -> Resident | None:
+def predict_resident(memory: Breakdown, spec: RunSpec, host: HostSnapshot, traffic: Traffic) -> Resident | None:
     """Resident bytes of a run's process at their highest.
 
     Args:
         memory: the run's predicted tensors.
         spec: the run.
         host: the machine that it runs on.
+        traffic: what it computes on.
 
     Returns:
         None for a run on a card: what the host then holds is small and the driver's affair.
     """
     if spec.device != "cpu":
         return None
-    largest = max((_rows(phase, spec.recipe, host) for phase in memory.phases), key=_total)
-    phase = next(phase for phase in memory.phases if _rows(phase, spec.recipe, host) == largest)
-    return Resident(largest, phase.name)
+    shapes = _shapes(max(spec.layout.micro_batch_tokens, traffic.longest), traffic)
+    found = {phase.name: _rows(phase, spec.recipe, host, shapes) for phase in memory.phases}
+    name = max(found, key=lambda name: _total(found[name]))
+    return Resident(found[name], name)
 
 
 def threads_of_products(host: HostSnapshot) -> int:
@@ -84,7 +102,19 @@ def threads_of_products(host: HostSnapshot) -> int:
     return int(text) if text.isdigit() and int(text) else host.physical_cores or host.logical_cores
 
 
-def _rows(phase: Phase, recipe: Recipe, host: HostSnapshot) -> tuple[ResidentRow, ...]:
+def _shapes(row_tokens: int, traffic: Traffic) -> float:
+    """Shapes that products have had by the end of a run, for rows of up to `row_tokens`."""
+    rows = _met(-(-row_tokens // TOKEN_STEP), traffic.micro_batches)
+    lengths = _met(-(-traffic.longest // ATTENTION_STEP), traffic.samples)
+    return SHAPES_OF_ROW_LENGTH * rows + SHAPES_OF_SAMPLE_LENGTH * lengths
+
+
+def _met(kinds: int, draws: int) -> float:
+    """How many of `kinds` that are alike have come after so many draws, on average."""
+    return kinds * (1 - (1 - 1 / max(1, kinds)) ** draws)
+
+
+def _rows(phase: Phase, recipe: Recipe, host: HostSnapshot, shapes: float) -> tuple[ResidentRow, ...]:
     tensors = phase.total_bytes
     changing = tensors - sum(phase.bytes_by_category.get(name, 0) for name in _KEPT)
     rows = [
@@ -98,14 +128,9 @@ def _rows(phase: Phase, recipe: Recipe, host: HostSnapshot) -> tuple[ResidentRow
         size = MKL_BYTES_OF_THREAD * threads_of_products(host)
         rows.append(ResidentRow("MKL's panels", size, "measured", "products of several shapes with 1, 2 and 4 threads"))
     elif host.flags.avx512:
-        if host.flags.amx_bf16:
-            size = ONEDNN_BYTES_OF_PRIMITIVE
-            source = "300 float32 products of different shapes on AVX2; 16-bit ones are assumed to be alike"
-            provenance: Provenance = "assumed"
-        else:
-            size, provenance = ONEDNN_BYTES_WITHOUT_AMX, "measured"
-            source = "nine runs on two cores of Zen 5, 0.7 to 1.6 MiB a product"
-        rows.append(ResidentRow("oneDNN's products", size * ONEDNN_PRIMITIVES, provenance, source))
+        size = round(ONEDNN_BYTES_OF_SHAPE * shapes + ONEDNN_BYTES_OF_PRIMITIVE * min(shapes, ONEDNN_PRIMITIVES))
+        source = "600 products of different shapes on Zen 5; with AMX they are assumed to be alike"
+        rows.append(ResidentRow("oneDNN's products", size, "assumed" if host.flags.amx_bf16 else "measured", source))
     return tuple(rows)
 
 

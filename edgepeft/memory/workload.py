@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from edgepeft.memory.chunks import in_token_steps
+
 
 class Workload(msgspec.Struct, frozen=True):
     """The micro-batch that decides a run's peak, and the held-out one that decides an evaluation's."""
@@ -25,9 +27,17 @@ class Workload(msgspec.Struct, frozen=True):
         """Sample lengths that add up to `tokens`, none above `longest`: the longest first, the rest alike."""
         return _split(self.tokens, self.longest)
 
+    def row_lengths(self) -> tuple[int, ...]:
+        """The same with what fills up the row, which is computed like one more sample."""
+        return _filled_up(self.lengths())
+
     def held_out_lengths(self) -> tuple[int, ...]:
-        """The same for the held-out micro-batch."""
+        """As `lengths`, for the held-out micro-batch."""
         return _split(self.held_out_tokens, self.held_out_longest)
+
+    def held_out_row_lengths(self) -> tuple[int, ...]:
+        """As `row_lengths`, for the held-out micro-batch."""
+        return _filled_up(self.held_out_lengths())
 
 
 def full_workload(micro_batch_tokens: int, longest: int) -> Workload:
@@ -41,6 +51,11 @@ def full_workload(micro_batch_tokens: int, longest: int) -> Workload:
         held_out_longest=longest,
         held_out_trained=tokens,
     )
+
+
+def _filled_up(lengths: tuple[int, ...]) -> tuple[int, ...]:
+    padding = in_token_steps(sum(lengths)) - sum(lengths)
+    return tuple(sorted((*lengths, padding), reverse=True)) if padding else lengths
 
 
 def _split(tokens: int, longest: int) -> tuple[int, ...]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import msgspec
 
 from edgepeft.memory.breakdown import Breakdown
 from edgepeft.memory.dry_run import DryRun
+from edgepeft.memory.resident import Traffic
 from edgepeft.memory.workload import Workload
 from edgepeft.spec import RunSpec
 
@@ -87,3 +89,13 @@ class TrainPlan(msgspec.Struct, frozen=True):
     """What a dry run of the plan held, where one was made."""
     adapter_name: str = ""
     """Name in the adapter library that the run publishes to; empty until it is trained."""
+
+    def traffic(self) -> Traffic:
+        """What the run computes on, its probe and two evaluations included."""
+        recipe, data = self.spec.recipe, self.data
+        longest = recipe.max_seq_len if data is None else min(recipe.max_seq_len, data.length_max)
+        mean = longest if data is None else data.tokens / max(1, data.train_samples)
+        of_step = max(1, math.ceil(recipe.samples_per_step * mean / self.spec.layout.micro_batch_tokens))
+        return Traffic(
+            micro_batches=self.steps * of_step + 3, samples=self.steps * recipe.samples_per_step, longest=longest
+        )

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from edgepeft.engine.training.batches import build_micro_batch, plan_micro_batches, read_samples
+from edgepeft.memory.chunks import TOKEN_STEP
 
 
 class Table:
@@ -45,13 +46,30 @@ def test_samples_without_anything_to_learn_are_left_out() -> None:
 
 def test_a_packed_row_restarts_positions_and_shifts_rows() -> None:
     samples = read(([1, 2, 3], [0, 1, 1]), ([4, 5, 6, 7], [0, 0, 0, 1]))
-    batch = build_micro_batch(samples, torch.device("cpu"))
+    batch = build_micro_batch(samples, torch.device("cpu"), fill_up=False)
     assert batch.input_ids.tolist() == [[1, 2, 4, 5, 6]]
     assert batch.position_ids.tolist() == [[0, 1, 0, 1, 2]]
+    assert batch.padding == 0
     assert batch.rows.tolist() == [0, 1, 4]
     assert batch.targets.tolist() == [2, 3, 7]
     assert batch.lengths == [2, 3]
     assert batch.samples == [0, 1]
+
+
+def test_a_row_is_filled_up_with_what_counts_as_one_more_sample() -> None:
+    samples = read(([1, 2, 3], [0, 1, 1]), ([4, 5, 6, 7], [0, 0, 0, 1]))
+    batch = build_micro_batch(samples, torch.device("cpu"))
+    assert batch.input_ids.shape == batch.position_ids.shape == (1, TOKEN_STEP)
+    assert batch.position_ids[0, 5:].tolist() == list(range(TOKEN_STEP - 5))
+    assert batch.rows.tolist() == [0, 1, 4]
+    assert (batch.lengths, batch.samples) == ([2, 3], [0, 1])
+    assert batch.row_lengths == [2, 3, TOKEN_STEP - 5]
+    assert len(set(batch.row_samples)) == 3
+
+
+def test_a_full_row_has_no_padding() -> None:
+    batch = build_micro_batch(read(([1] * (TOKEN_STEP + 1), [1] * (TOKEN_STEP + 1))), torch.device("cpu"))
+    assert (batch.padding, batch.row_lengths, batch.row_samples) == (0, [TOKEN_STEP], [0])
 
 
 def test_packing_keeps_every_sample_once_and_the_cap() -> None:

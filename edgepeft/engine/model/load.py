@@ -8,17 +8,15 @@ on the way; from then on the linears come from that copy, and those of the sourc
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import functools
 import gc
-import sys
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from edgepeft.engine.heap import trim_heap
 from edgepeft.engine.kernels import to_device
 from edgepeft.engine.ledger import assign, mark_place
 from edgepeft.engine.model.checkpoint import open_checkpoint, take_weight
@@ -212,7 +210,7 @@ def _load(
             progress(f"storing {precision} of {entry.name}", None)
             storing.finish()
     model.eval()
-    _give_back_freed_memory()
+    trim_heap()
     progress(f"loading {entry.name}", 1.0)
     return LoadedModel(model, entry, device, compute_dtype, workspace)
 
@@ -272,7 +270,7 @@ def take_over(
             assign(tensors, category)
         taken += weight.shape[0] * weight.shape[1]
         if taken >= _TRIM_ENTRIES:
-            _give_back_freed_memory()
+            trim_heap()
             taken = 0
     if not targets:
         raise BadInput(
@@ -358,19 +356,3 @@ def _take_over_rest(model: PreTrainedModel, device: torch.device, dtype: torch.d
         for name, buffer in module.named_buffers(recurse=False):
             # Rotary frequencies stay float32: in 16 bit far positions would fall together.
             module._buffers[name] = buffer.to(device)
-
-
-def _give_back_freed_memory() -> None:
-    """Has the C library return what is free in its heap: scratch lies between matrices that stay, so it cannot shrink.
-
-    Without it a process that loaded in NF4 holds more than twice the model's bytes.
-    """
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
-
-
-@functools.cache
-def _malloc_trim() -> Any:
-    """glibc's malloc_trim; None where the C library has none."""
-    return getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None

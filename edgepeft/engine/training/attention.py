@@ -22,7 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from edgepeft.engine.kernels import enough, fused_attention, one_of_each, target_of
 from edgepeft.engine.model.frozen import DTYPES
 from edgepeft.errors import BadInput
-from edgepeft.memory.chunks import ATTENTION_ROWS
+from edgepeft.memory.chunks import ATTENTION_ROWS, in_attention_steps
 from edgepeft.spec import ComputeDtype
 
 PACKED = "edgepeft_packed"
@@ -227,10 +227,10 @@ class _BlockAttention(torch.autograd.Function):
         k, v = key[0], value[0]
         target = _grouped(out[0].transpose(0, 1), kv_heads)
         for start, length in one_of_each(segments.samples(), _length):
-            for block in enough(_blocks(start, length, window)):
-                weights = block.probabilities(block.rows(q, 2) * scale, block.keys(k, 1), softcap)[0]
-                part = torch.bmm(weights.flatten(1, 2), block.keys(v, 1))
-                block.rows(target, 2).copy_(part.view(kv_heads, heads // kv_heads, -1, part.shape[-1]))
+            for block in enough(_blocks(start, length, window, tokens)):
+                weights = block.probabilities(block.rows(q, scale), block.keys(k), softcap)[0]
+                part = torch.bmm(weights.flatten(1, 2), block.keys(v))
+                block.write_rows(target, part)
                 # Before the next block makes its own.
                 del weights, part
         ctx.save_for_backward(query, key, value)
@@ -252,8 +252,9 @@ class _BlockAttention(torch.autograd.Function):
         )
         dq = _grouped(grad_query[0], kv_heads)
         dk, dv = grad_key[0], grad_value[0]
+        tokens = query.shape[2]
         for start, length in one_of_each(segments.samples(), _length):
-            blocks = _blocks(start, length, window)
+            blocks = _blocks(start, length, window, tokens)
             several = len(blocks) > 1
             # Sums over blocks are kept in float32: 16 bit would round once a block.
             dk_sum, dv_sum = (
@@ -261,22 +262,22 @@ class _BlockAttention(torch.autograd.Function):
                 for x in (k, v)
             )
             for block in enough(blocks):
-                scaled = block.rows(q, 2) * scale
-                keys, values = block.keys(k, 1), block.keys(v, 1)
+                scaled = block.rows(q, scale)
+                keys = block.keys(k)
                 weights, slope = block.probabilities(scaled, keys, softcap)
-                part = block.rows(g, 2).flatten(1, 2)
-                dv_part = torch.bmm(weights.flatten(1, 2).transpose(1, 2), part)
-                d_weights = torch.bmm(part, values.transpose(1, 2)).view_as(weights)
-                d_scores = torch._softmax_backward_data(d_weights, weights, -1, weights.dtype)
-                del weights, d_weights
+                part = block.rows(g, 1.0).flatten(1, 2)
+                dv_part = block.own_keys(torch.bmm(weights.flatten(1, 2).transpose(1, 2), part))
+                d_scores = torch.bmm(part, block.keys(v).transpose(1, 2)).view_as(weights)
+                torch._softmax_backward_data(d_scores, weights, -1, weights.dtype, grad_input=d_scores)
+                del weights
                 if slope is not None:
-                    d_scores = d_scores.mul_(slope)
+                    d_scores.mul_(slope)
                 d_scores = d_scores.flatten(1, 2)
-                block.rows(dq, 2).copy_(torch.bmm(d_scores, keys).mul_(scale).view_as(scaled))
-                dk_part = torch.bmm(d_scores.transpose(1, 2), scaled.flatten(1, 2))
+                block.write_rows(dq, torch.bmm(d_scores, keys).mul_(scale))
+                dk_part = block.own_keys(torch.bmm(d_scores.transpose(1, 2), scaled.flatten(1, 2)))
                 if dk_sum is None or dv_sum is None:
-                    block.keys(dk, 1).copy_(dk_part)
-                    block.keys(dv, 1).copy_(dv_part)
+                    dk.narrow(1, start, length).copy_(dk_part)
+                    dv.narrow(1, start, length).copy_(dv_part)
                 else:
                     dk_sum[:, block.first_key - start : block.end - start] += dk_part
                     dv_sum[:, block.first_key - start : block.end - start] += dv_part
@@ -299,19 +300,43 @@ def _grouped(x: Tensor, kv_heads: int) -> Tensor:
 
 
 class _Block:
-    """Query rows [begin, end) of one sample, and the keys from `first_key` that the earliest of them may see."""
+    """Query rows [begin, end) of one sample, and the keys from `first_key` that the earliest of them may see.
 
-    def __init__(self, begin: int, end: int, first_key: int, window: int | None) -> None:
+    Both are computed in multiples of `ATTENTION_STEP`, which vector units want: rows of zeros are added, and keys of
+    the samples beside this one are read along, hidden from every row. Neither adds anything but zeros to a result.
+    """
+
+    def __init__(self, begin: int, end: int, first_key: int, window: int | None, tokens: int) -> None:
         self.begin = begin
         self.end = end
         self.first_key = first_key
         self.window = window
+        self._width = min(in_attention_steps(end - first_key), tokens)
+        # To the right of the sample where the packed row goes on, else to its left.
+        self._begin_keys = min(first_key, tokens - self._width)
 
-    def rows(self, x: Tensor, dim: int) -> Tensor:
-        return x.narrow(dim, self.begin, self.end - self.begin)
+    def rows(self, x: Tensor, factor: float) -> Tensor:
+        """The block's rows of x [kv_heads, group, tokens, dim] times `factor`, zeros below them; a copy."""
+        count = self.end - self.begin
+        out = x.new_empty(*x.shape[:2], in_attention_steps(count), x.shape[3])
+        torch.mul(x.narrow(2, self.begin, count), factor, out=out.narrow(2, 0, count))
+        if out.shape[2] > count:
+            out.narrow(2, count, out.shape[2] - count).zero_()
+        return out
 
-    def keys(self, x: Tensor, dim: int) -> Tensor:
-        return x.narrow(dim, self.first_key, self.end - self.first_key)
+    def write_rows(self, x: Tensor, values: Tensor) -> None:
+        """Sets the block's rows of x [kv_heads, group, tokens, dim] to `values`, shaped as by `rows` or flat."""
+        count = self.end - self.begin
+        own = values.view(*x.shape[:2], -1, x.shape[3]).narrow(2, 0, count)
+        x.narrow(2, self.begin, count).copy_(own)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """The keys that are computed with, of x [kv_heads, tokens, dim]; a view."""
+        return x.narrow(1, self._begin_keys, self._width)
+
+    def own_keys(self, x: Tensor) -> Tensor:
+        """Those of the sample, of what has the shape of `keys`."""
+        return x.narrow(1, self.first_key - self._begin_keys, self.end - self.first_key)
 
     def probabilities(self, scaled: Tensor, keys: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
         """Softmax of the block's scores, [kv_heads, group, rows, keys], and the slope of the soft cap if there is one.
@@ -328,27 +353,40 @@ class _Block:
             bent = scores.div_(softcap).tanh_()
             slope = 1 - bent.square()
             scores = bent * softcap
-        scores = self._hide(scores)
-        return scores.softmax(-1), slope
+            del bent
+        self._hide(scores)
+        # In place: a row is read before it is written.
+        return torch.softmax(scores, -1, out=scores), slope
 
-    def _hide(self, scores: Tensor) -> Tensor:
-        rows = self.end - self.begin
+    def _hide(self, scores: Tensor) -> None:
+        """Adds -∞ where a row may not see a key. Adding is several times faster than filling by a mask of booleans."""
+        rows, width = scores.shape[-2:]
         if self.window is None:
-            # Only the last `rows` keys can lie in the future of some row.
-            future = torch.ones(rows, rows, dtype=torch.bool, device=scores.device).triu_(1)
-            scores.narrow(-1, scores.shape[-1] - rows, rows).masked_fill_(future, float("-inf"))
-            return scores
-        row = torch.arange(self.begin, self.end, device=scores.device).unsqueeze(1)
-        column = torch.arange(self.first_key, self.end, device=scores.device)
-        return scores.masked_fill_((column > row) | (column <= row - self.window), float("-inf"))
+            lead = self.first_key - self._begin_keys
+            if lead:
+                scores.narrow(-1, 0, lead).fill_(float("-inf"))
+            # Keys from that of the first row on; those that were read along behind the last one are among them.
+            begin = self.begin - self._begin_keys
+            future = scores.new_full((rows, width - begin), float("-inf")).triu_(1)
+            scores.narrow(-1, begin, width - begin).add_(future)
+            return
+        row = torch.arange(self.begin, self.begin + rows, device=scores.device).unsqueeze(1)
+        column = torch.arange(self._begin_keys, self._begin_keys + width, device=scores.device)
+        earliest = (row - self.window).clamp_(max=self.end - 1 - self.window)
+        hidden = (column > row) | (column <= earliest) | (column < self.first_key)
+        scores.masked_fill_(hidden, float("-inf"))
 
 
-def _blocks(start: int, length: int, window: int | None) -> list[_Block]:
-    """The blocks of a sample at [start, start + length)."""
+def _blocks(start: int, length: int, window: int | None, tokens: int) -> list[_Block]:
+    """The blocks of a sample at [start, start + length) of a row of `tokens`."""
     end = start + length
     return [
         _Block(
-            begin, min(begin + ATTENTION_ROWS, end), start if window is None else max(start, begin - window + 1), window
+            begin,
+            min(begin + ATTENTION_ROWS, end),
+            start if window is None else max(start, begin - window + 1),
+            window,
+            tokens,
         )
         for begin in range(start, end, ATTENTION_ROWS)
     ]

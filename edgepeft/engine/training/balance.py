@@ -36,10 +36,11 @@ class Balance(NamedTuple):
         Divide by the tokens of the whole optimizer step, not of the micro-batch.
 
         Args:
-            router_logits: of each layer, [tokens, experts] of the packed row.
+            router_logits: of each layer, [tokens, experts] of the packed row; those behind the samples do not count.
             lengths: tokens of each sample, in order.
         """
-        layers = [layer.reshape(-1, layer.shape[-1]).split(list(lengths)) for layer in router_logits]
+        rows = sum(lengths)
+        layers = [layer.reshape(-1, layer.shape[-1])[:rows].split(list(lengths)) for layer in router_logits]
         total = torch.zeros((), dtype=torch.float32, device=router_logits[0].device)
         for number, length in enumerate(lengths):
             own = tuple(layer[number] for layer in layers)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from edgepeft.data.packing import pack
+from edgepeft.memory.chunks import in_token_steps
 
 if TYPE_CHECKING:
     from edgepeft.data.token_table import TokenTable
@@ -28,13 +29,20 @@ class Sample(NamedTuple):
     """int64 [trained]: that next token."""
 
 
+_PADDING_NUMBER = -1
+"""Stands where a sample's number does."""
+
+
 class MicroBatch(NamedTuple):
-    """Samples packed into one row."""
+    """Samples packed into one row, which padding fills up to a multiple of `TOKEN_STEP`.
+
+    Padding is computed like one more sample of which nothing is trained: no other sees it, no gradient comes from it.
+    """
 
     input_ids: Tensor
     """int64 [1, tokens]."""
     position_ids: Tensor
-    """int64 [1, tokens], from 0 again in each sample."""
+    """int64 [1, tokens], from 0 again in each sample and in the padding."""
     rows: Tensor
     """int64 [trained]: positions in the row whose next token is trained."""
     targets: Tensor
@@ -43,6 +51,18 @@ class MicroBatch(NamedTuple):
     """Tokens of each sample, in order."""
     samples: list[int]
     """Index of each sample in its table, in order."""
+    padding: int = 0
+    """Tokens behind the last sample."""
+
+    @property
+    def row_lengths(self) -> list[int]:
+        """Tokens of each sample, and of the padding."""
+        return [*self.lengths, self.padding] if self.padding else self.lengths
+
+    @property
+    def row_samples(self) -> list[int]:
+        """What seeds the dropout of each of `row_lengths`."""
+        return [*self.samples, _PADDING_NUMBER] if self.padding else self.samples
 
 
 def read_samples(table: TokenTable, indices: Sequence[int]) -> list[Sample]:
@@ -64,9 +84,17 @@ def plan_micro_batches(samples: Sequence[Sample], micro_batch_tokens: int) -> li
     return [[samples[index] for index in group] for group in groups]
 
 
-def build_micro_batch(samples: Sequence[Sample], device: torch.device) -> MicroBatch:
-    """One packed row on `device`."""
+def build_micro_batch(samples: Sequence[Sample], device: torch.device, *, fill_up: bool = True) -> MicroBatch:
+    """One packed row on `device`.
+
+    Args:
+        samples: to pack, in this order.
+        device: of the tensors.
+        fill_up: whether padding is added; the own code of a model may look at a whole row.
+    """
     lengths = [len(sample.ids) for sample in samples]
+    padding = in_token_steps(sum(lengths)) - sum(lengths) if fill_up else 0
+    filled = [*lengths, padding] if padding else lengths
     starts = np.cumsum([0, *lengths[:-1]])
     rows = np.concatenate([sample.rows + start for sample, start in zip(samples, starts, strict=True)])
 
@@ -74,10 +102,13 @@ def build_micro_batch(samples: Sequence[Sample], device: torch.device) -> MicroB
         return torch.tensor(values, dtype=torch.int64, device=device)
 
     return MicroBatch(
-        input_ids=place(np.concatenate([sample.ids for sample in samples])).unsqueeze(0),
-        position_ids=place(np.concatenate([np.arange(length) for length in lengths])).unsqueeze(0),
+        input_ids=place(np.concatenate([*(sample.ids for sample in samples), np.zeros(padding, np.int32)])).unsqueeze(
+            0
+        ),
+        position_ids=place(np.concatenate([np.arange(length) for length in filled])).unsqueeze(0),
         rows=place(rows),
         targets=place(np.concatenate([sample.targets for sample in samples])),
         lengths=lengths,
         samples=[sample.number for sample in samples],
+        padding=padding,
     )

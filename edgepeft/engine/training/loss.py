@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from edgepeft.engine.kernels import one_of, target_of
 from edgepeft.errors import BadInput
-from edgepeft.memory.chunks import LOSS_SCRATCH_BYTES
+from edgepeft.memory.chunks import LOSS_SCRATCH_BYTES, in_token_steps, loss_rows
 
 
 class Head(NamedTuple):
@@ -135,17 +135,22 @@ class _SummedLoss(torch.autograd.Function):
         width = hidden.shape[-1]
         flat = hidden.reshape(-1, width)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        gradient = hidden.new_empty(count, width) if with_gradient else None
-        chunk_tokens = min(chunk_tokens, max(count, 1))
+        chunk_tokens = min(chunk_tokens, max(in_token_steps(count), 1))
+        gradient = hidden.new_empty(loss_rows(count, chunk_tokens), width) if with_gradient else None
         # One buffer serves every chunk: mapping fresh pages costs as much as a pass over them.
         buffer = hidden.new_empty(chunk_tokens, head.weight.shape[0]) if count else None
         for begin in one_of(range(0, count, chunk_tokens)):
-            picked = flat.index_select(0, rows[begin : begin + chunk_tokens])
+            wanted = rows[begin : begin + chunk_tokens]
+            filled = min(in_token_steps(wanted.shape[0]), chunk_tokens)
+            picked = flat.new_zeros(filled, width)
+            torch.index_select(flat, 0, wanted, out=picked[: wanted.shape[0]])
             assert buffer is not None
-            logits = _logits(picked, head, out=buffer[: picked.shape[0]])
-            total += _losses_in_place(logits, targets[begin : begin + chunk_tokens], head, with_gradient)
+            logits = _logits(picked, head, out=buffer[:filled])
+            total += _losses_in_place(
+                logits[: wanted.shape[0]], targets[begin : begin + chunk_tokens], head, with_gradient
+            )
             if gradient is not None:
-                torch.mm(logits, head.weight, out=gradient[begin : begin + picked.shape[0]])
+                torch.mm(logits, head.weight, out=gradient[begin : begin + filled])
             del picked, logits
         if gradient is not None:
             ctx.save_for_backward(rows, gradient)
@@ -157,7 +162,7 @@ class _SummedLoss(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         rows, gradient = ctx.saved_tensors
         full = gradient.new_zeros(ctx.shape)
-        full.view(-1, ctx.shape[-1]).index_copy_(0, rows, gradient * grad_loss.to(gradient.dtype))
+        full.view(-1, ctx.shape[-1]).index_copy_(0, rows, gradient[: rows.shape[0]] * grad_loss.to(gradient.dtype))
         return full, None, None, None, None, None
 
 

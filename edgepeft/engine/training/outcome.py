@@ -12,6 +12,7 @@ import torch
 
 from edgepeft.data.prepare import load_template
 from edgepeft.data.tokens import Tokenizer
+from edgepeft.engine.heap import trim_heap
 from edgepeft.engine.methods.peft_files import WEIGHTS_FILE, save_adapter
 from edgepeft.engine.training.checkpoints import RunPosition
 from edgepeft.engine.training.device import device_name, package_versions
@@ -183,6 +184,8 @@ def _template(data: DataRef, entry: ModelEntry) -> TemplateRecord | None:
     template = load_template(data, folder)
     if template is None:
         return None
+    # A large vocabulary takes some 30 MiB: they find room where the last step's tensors were.
+    trim_heap()
     stops = Tokenizer.load(folder).stop_token_ids(template)
     return TemplateRecord(text=template.text, fingerprint=template.fingerprint, stop_token_ids=tuple(stops))
 

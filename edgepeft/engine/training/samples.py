@@ -17,6 +17,7 @@ from edgepeft.data.encode import encode_prompt
 from edgepeft.data.prepare import load_template
 from edgepeft.data.template import ChatTemplate
 from edgepeft.data.tokens import Tokenizer
+from edgepeft.engine.heap import trim_heap
 from edgepeft.engine.inference.generate import generate
 from edgepeft.engine.inference.session import Session
 from edgepeft.engine.ledger import counting_as
@@ -93,6 +94,7 @@ class Samples:
 
     def _answer(self, prompt: str) -> str:
         folder = Path(self._loaded.entry.folder)
+        trim_heap()
         tokenizer = Tokenizer.load(folder)
         template = load_template(self._data, folder)
         ids = _encode(prompt, self._data.system, tokenizer, template)

@@ -10,6 +10,7 @@ import msgspec
 import torch
 from torch import Tensor
 
+from edgepeft.engine.heap import trim_heap
 from edgepeft.engine.kernels import number
 from edgepeft.engine.ledger import assign, counting_as
 from edgepeft.engine.methods.dropout import dropout_context
@@ -127,13 +128,14 @@ class StepRunner:
         tokens = 0
         for group in self._groups(samples, layout):
             self._before_micro_batch()
+            trim_heap()
             size = _size(group, layout, gradients=any(tensor.grad is not None for tensor in self._trained))
             watched: AbstractContextManager[object] = nullcontext()
             if watch_all or self._gauge.wants(size):
                 watched = self._gauge.watch(size)
             try:
-                batch = build_micro_batch(group, self._loaded.device)
-                with watched, packed(batch.lengths), self._dropout(step, batch):
+                batch = self._build(group)
+                with watched, packed(batch.row_lengths), self._dropout(step, batch):
                     loss, unbalanced = self._loss(batch, layout.loss_chunk_tokens)
                     objective = loss / trained
                     if self._balance is not None and unbalanced is not None:
@@ -174,14 +176,15 @@ class StepRunner:
         while left:
             group = self._groups(left, layout)[0]
             self._before_micro_batch()
+            trim_heap()
             size = _size(group, layout)
             part: float | None = None
             why = ""
             wanted = self._gauge.wants_evaluation(size)
             watched = self._gauge.watch(size, evaluation=True) if wanted else nullcontext()
             try:
-                batch = build_micro_batch(group, self._loaded.device)
-                with watched, packed(batch.lengths):
+                batch = self._build(group)
+                with watched, packed(batch.row_lengths):
                     part = number(self._loss(batch, layout.loss_chunk_tokens)[0])
             except (RuntimeError, MemoryError) as error:
                 self._loaded.forget_unfinished()
@@ -210,6 +213,9 @@ class StepRunner:
         alone = self._own_head is not None and not self._own_head.by_row
         return plan_micro_batches(samples, 1 if alone else layout.micro_batch_tokens)
 
+    def _build(self, group: Sequence[Sample]) -> MicroBatch:
+        return build_micro_batch(group, self._loaded.device, fill_up=self._own_head is None)
+
     def _loss(self, batch: MicroBatch, chunk_tokens: int) -> tuple[Tensor, Tensor | None]:
         """The summed loss, and in training what balances experts; None where nothing does."""
         balance, own = self._balance if torch.is_grad_enabled() else None, self._own_head
@@ -237,7 +243,7 @@ class StepRunner:
             return summed_loss(hidden, batch.rows, batch.targets, self._head, chunk_tokens), unbalanced
 
     def _dropout(self, step: int, batch: MicroBatch) -> AbstractContextManager[None]:
-        return dropout_context(self._recipe.seed, step, batch.samples, batch.lengths)
+        return dropout_context(self._recipe.seed, step, batch.row_samples, batch.row_lengths)
 
 
 def _size(group: Sequence[Sample], layout: Layout, *, gradients: bool = False) -> Size:

@@ -154,7 +154,7 @@ def check(case, folder, name):
         "eval_fraction": 0.1,
     }
     plan = build(model, data, typed)
-    predicted = predict_resident(plan.memory, plan.spec, read_host())
+    predicted = predict_resident(plan.memory, plan.spec, read_host(), plan.traffic())
     run = launch(plan, name)
     measured = watch(run)
     events = read_events(run.events_file)
