@@ -36,6 +36,8 @@ SHAPES_OF_ROW_LENGTH = 27
 """Shapes of products that the layers and the head have with rows of one length, in forward and backward."""
 SHAPES_OF_SAMPLE_LENGTH = 3.3
 """Shapes that attention adds for samples of one length; four to six, some of which other lengths share."""
+TOKENIZER_SHARE = 7
+"""Bytes that reading a tokenizer leaves behind when it is gone, for each of its file."""
 HEAP_SHARE = 0.15
 """Holes in the heap, as a share of the tensors that come and go."""
 _KEPT: tuple[Category, ...] = ("frozen weights", "quantization constants", "embeddings and head")
@@ -76,7 +78,9 @@ class Resident(msgspec.Struct, frozen=True):
         return sum(row.size_bytes for row in self.rows)
 
 
-def predict_resident(memory: Breakdown, spec: RunSpec, host: HostSnapshot, traffic: Traffic) -> Resident | None:
+def predict_resident(
+    memory: Breakdown, spec: RunSpec, host: HostSnapshot, traffic: Traffic, *, tokenizer_bytes: int = 0
+) -> Resident | None:
     """Resident bytes of a run's process at their highest.
 
     Args:
@@ -84,6 +88,7 @@ def predict_resident(memory: Breakdown, spec: RunSpec, host: HostSnapshot, traff
         spec: the run.
         host: the machine that it runs on.
         traffic: what it computes on.
+        tokenizer_bytes: of the file of the base's tokenizer.
 
     Returns:
         None for a run on a card: what the host then holds is small and the driver's affair.
@@ -91,7 +96,10 @@ def predict_resident(memory: Breakdown, spec: RunSpec, host: HostSnapshot, traff
     if spec.device != "cpu":
         return None
     shapes = _shapes(max(spec.layout.micro_batch_tokens, traffic.longest), traffic)
-    found = {phase.name: _rows(phase, spec.recipe, host, shapes) for phase in memory.phases}
+    tokenizer = ResidentRow(
+        "tokenizer", TOKENIZER_SHARE * tokenizer_bytes, "measured", "that of SmolLM2, of 3.4 MB, before and after"
+    )
+    found = {phase.name: (*_rows(phase, spec.recipe, host, shapes), tokenizer) for phase in memory.phases}
     name = max(found, key=lambda name: _total(found[name]))
     return Resident(found[name], name)
 

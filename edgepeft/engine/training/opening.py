@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from edgepeft.data.prepare import PreparedData, check_unchanged, prepare
+from edgepeft.engine.heap import trim_heap
 from edgepeft.engine.model.load import LoadedModel, load_model
 from edgepeft.engine.training.account import MemoryAccount
 from edgepeft.engine.training.limit import MemoryLimit
@@ -65,7 +66,10 @@ def open_data(recipe: Recipe, entry: ModelEntry, emit: Emit, *, forced: bool = F
             told[0] = time.monotonic()
             emit(PhaseChanged(name="data", detail=name, fraction=done / max(1, total)))
 
-    return prepare(recipe.data, Path(entry.folder), progress=progress)
+    data = prepare(recipe.data, Path(entry.folder), progress=progress)
+    # A tokenizer of some tens of megabytes is gone again: weights then come to lie where it was.
+    trim_heap()
+    return data
 
 
 def check_same_tokens(before: str, now: str, recipe: Recipe) -> None:

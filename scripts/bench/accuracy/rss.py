@@ -21,6 +21,7 @@ from edgepeft.errors import BadInput
 from edgepeft.hardware.host import read_host
 from edgepeft.memory.resident import predict_resident
 from edgepeft.models.embedded import EMBEDDED, embedded_gguf
+from edgepeft.models.store import ensure_model
 from edgepeft.plan.build import build
 from edgepeft.runs.events import Finished, Started
 from edgepeft.runs.events_file import read_events
@@ -154,7 +155,10 @@ def check(case, folder, name):
         "eval_fraction": 0.1,
     }
     plan = build(model, data, typed)
-    predicted = predict_resident(plan.memory, plan.spec, read_host(), plan.traffic())
+    tokenizer = Path(ensure_model(model).folder) / "tokenizer.json"
+    predicted = predict_resident(
+        plan.memory, plan.spec, read_host(), plan.traffic(), tokenizer_bytes=tokenizer.stat().st_size
+    )
     run = launch(plan, name)
     measured = watch(run)
     events = read_events(run.events_file)
