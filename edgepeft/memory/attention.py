@@ -100,8 +100,6 @@ class _Block(NamedTuple):
     rows: int
     keys: int
     keys_from_rows: int
-    own_rows: int
-    """Without those that are only added."""
 
 
 def _blocks(plan: AttentionPlan) -> list[_Block]:
@@ -112,7 +110,7 @@ def _blocks(plan: AttentionPlan) -> list[_Block]:
         end = min(begin + ATTENTION_ROWS, length)
         first = 0 if plan.window is None else max(0, begin - plan.window + 1)
         keys = min(in_attention_steps(end - first), plan.tokens)
-        found.append(_Block(in_attention_steps(end - begin), keys, keys - (begin - first), end - begin))
+        found.append(_Block(in_attention_steps(end - begin), keys, keys - (begin - first)))
     return found
 
 

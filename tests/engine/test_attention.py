@@ -41,7 +41,7 @@ def tensors(tokens: int, heads: int, kv_heads: int, dim: int, value_dim: int | N
     [{}, {"sliding_window": 7}, {"softcap": 5.0}, {"softcap": 5.0, "sliding_window": 7}, {"sliding_window": 10**6}],
     ids=["causal", "window", "softcap", "both", "wide-window"],
 )
-@pytest.mark.parametrize("lengths", [[13], [1, 1, 5], [9, 30, 2, 9]], ids=str)
+@pytest.mark.parametrize("lengths", [[13], [1, 1, 5], [9, 30, 2, 9], [40, 33, 21, 2]], ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(4, 4), (6, 2), (3, 1)])
 def test_equals_plain_attention(
     monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], lengths: list[int], heads: int, kv_heads: int
@@ -57,6 +57,23 @@ def test_equals_plain_attention(
     torch.testing.assert_close(out, expected, atol=1e-5, rtol=1e-4)
     for found, wanted in zip(grads, expected_grads, strict=True):
         torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
+
+
+def test_products_have_few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[tuple[int, ...]]] = []
+    product = torch.bmm
+
+    def bmm(a: Tensor, b: Tensor) -> Tensor:
+        seen[-1].add((*a.shape, b.shape[2]))
+        return product(a, b)
+
+    monkeypatch.setattr(torch, "bmm", bmm)
+    for lengths in ([33, 64, 31], [50, 60, 18], [64, 63, 1]):
+        query, key, value = tensors(sum(lengths), 4, 2, 16)
+        seen.append(set())
+        with packed(lengths):
+            packed_attention(nn.Identity(), query, key, value)[0].sum().backward()
+    assert seen[0] == seen[1] == seen[2]
 
 
 def test_values_of_another_width() -> None:
