@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import shutil
-import subprocess
-import sys
-from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,90 +17,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from edgepeft.engine.ledger import LiveBytes
-from edgepeft.engine.model import copy_writer
-from edgepeft.engine.model import load as loading
-from edgepeft.engine.model.frozen import DenseWeight, Int8Weight, Nf4Weight, bitsandbytes_functional
-from edgepeft.engine.model.load import LoadedModel, load_model
-from edgepeft.engine.model.safetensors_stream import SafetensorsStream
+from edgepeft.engine.model.frozen import Nf4Weight, bitsandbytes_functional
 from edgepeft.memory.chunks import NF4_BLOCK
-from edgepeft.models.quantized_copy import METADATA_KEY, find_copy
-from edgepeft.models.store import ModelEntry, add_model, remove_model
-from edgepeft.runs.events import Warned
+from edgepeft.models.quantized_copy import METADATA_KEY
+from edgepeft.models.store import ModelEntry, add_model
+from quantized_copies import CPU, assert_same, copy_file, files_of, forbid_quantizing, forget, load, logits, told_by
 from tiny import write_tiny_model
-from training_runs import of_type, tiny_run, train
-
-CPU = torch.device("cpu")
-IDS = torch.randint(0, 250, (2, 13), generator=torch.Generator().manual_seed(5))
 
 
 @pytest.fixture
 def base(tiny_model: Path) -> ModelEntry:
     return add_model(tiny_model)
-
-
-def load(entry: ModelEntry, precision: Any = "nf4", **options: Any) -> LoadedModel:
-    return load_model(entry, **{"precision": precision, "compute_dtype": "bf16", "device": CPU, **options})
-
-
-def told_by(entry: ModelEntry, precision: Any = "nf4") -> list[str]:
-    """What a load warns of."""
-    words: list[str] = []
-    load(entry, precision, warn=words.append)
-    return words
-
-
-def copy_file(entry: ModelEntry, precision: str = "nf4") -> Path:
-    return Path(entry.folder) / "quantized" / precision / "cpu.safetensors"
-
-
-def forget(entry: ModelEntry) -> None:
-    shutil.rmtree(Path(entry.folder) / "quantized")
-
-
-def files_of(entry: ModelEntry) -> list[Path]:
-    return [path for path in (Path(entry.folder) / "quantized").rglob("*") if path.is_file()]
-
-
-def held(loaded: LoadedModel) -> dict[str, list[Tensor]]:
-    """Every tensor of every linear."""
-    found: dict[str, list[Tensor]] = {}
-    for path, linear in loaded.linears().items():
-        weight = linear.weight_source
-        if isinstance(weight, Nf4Weight):
-            found[path] = [weight.packed, weight.absmax, *(weight.nested or ())]
-        elif isinstance(weight, Int8Weight):
-            found[path] = [weight.codes, weight.absmax]
-        else:
-            assert isinstance(weight, DenseWeight)
-            found[path] = [weight.values]
-    return found
-
-
-def logits(loaded: LoadedModel) -> Tensor:
-    with torch.no_grad():
-        found: Tensor = loaded.model(IDS).logits
-    return found
-
-
-def assert_same(one: LoadedModel, other: LoadedModel) -> None:
-    mine, others = held(one), held(other)
-    assert list(mine) == list(others)
-    for path, tensors in mine.items():
-        for tensor, expected in zip(tensors, others[path], strict=True):
-            assert (tensor.dtype, tensor.shape) == (expected.dtype, expected.shape)
-            assert torch.equal(tensor, expected), path
-    assert torch.equal(logits(one), logits(other))
-
-
-@pytest.fixture
-def never_quantizing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    def begin() -> None:
-        def refuse(*arguments: Any) -> None:
-            raise AssertionError("quantized again")
-
-        monkeypatch.setattr(loading, "freeze", refuse)
-
-    return begin
 
 
 # --- the same bits ---
@@ -114,20 +37,20 @@ def never_quantizing(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
 @pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("dense", [False, True])
 def test_the_second_load_has_the_bits_of_the_first_and_quantizes_nothing(
-    tmp_path: Path, precision: Any, copied: bool, dense: bool, never_quantizing: Callable[[], None]
+    tmp_path: Path, precision: Any, copied: bool, dense: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # 3 × 43 entries: neither blocks of 64 nor bytes of two codes come out even.
     folder = write_tiny_model(tmp_path / "m", intermediate_size=43, tie_word_embeddings=False)
     entry = add_model(folder, copy=copied)
     first = load(entry, precision, dense_values=dense)
     assert [path.name for path in files_of(entry)] == ["cpu.safetensors"]
-    never_quantizing()
+    forbid_quantizing(monkeypatch)
     assert_same(load(entry, precision, dense_values=dense), first)
 
 
-def test_every_kind_of_load_shares_one_copy(base: ModelEntry, never_quantizing: Callable[[], None]) -> None:
+def test_every_kind_of_load_shares_one_copy(base: ModelEntry, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load(base, dense_values=True)
-    never_quantizing()
+    forbid_quantizing(monkeypatch)
     packed = load(base, compute_dtype="fp32")
     dense = load(base, dense_values=True)
     assert torch.equal(logits(dense), logits(first))
@@ -279,7 +202,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_copy_that_does_not_match_is_told_and_made_anew(
-    base: ModelEntry, damage: str, never_quantizing: Callable[[], None]
+    base: ModelEntry, damage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = load(base)
     good = copy_file(base).read_bytes()
@@ -292,7 +215,7 @@ def test_a_copy_that_does_not_match_is_told_and_made_anew(
     assert words[0].startswith("the stored nf4 copy of tiny-model is not used, it is quantized again: ")
     assert why in words[0]
     assert copy_file(base).read_bytes() == good
-    never_quantizing()
+    forbid_quantizing(monkeypatch)
     assert told_by(base) == []
 
 
@@ -336,242 +259,3 @@ def test_weights_that_change_while_they_are_read_are_not_stored(base: ModelEntry
 
 
 # --- places that take no copy ---
-
-
-def check_unstored(entry: ModelEntry, expected: LoadedModel, *why: str) -> None:
-    """A load works and says in one word why it stored nothing."""
-    words: list[str] = []
-    assert_same(load(entry, warn=words.append), expected)
-    assert len(words) == 1
-    assert words[0].startswith("the nf4 copy of tiny-model is not stored, so the next load quantizes again: ")
-    assert all(text in words[0] for text in why)
-    assert find_copy(entry, "nf4", "cpu") is None
-
-
-@pytest.fixture
-def expected(base: ModelEntry) -> LoadedModel:
-    loaded = load(base)
-    forget(base)
-    return loaded
-
-
-def test_too_little_space_is_told_and_nothing_written(
-    base: ModelEntry, expected: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = namedtuple("usage", "total used free")
-    monkeypatch.setattr(copy_writer.shutil, "disk_usage", lambda path: usage(10, 9, 2**30))
-    check_unstored(base, expected, "it needs", "1.00 GiB are free")
-    assert not files_of(base)
-
-
-@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
-def test_a_store_that_may_not_be_written_is_told(
-    base: ModelEntry, expected: LoadedModel, monkeypatch: pytest.MonkeyPatch, code: int
-) -> None:
-    def refuse(self: Path, *arguments: Any, **options: Any) -> None:
-        raise OSError(code, os.strerror(code), str(self))
-
-    monkeypatch.setattr(Path, "mkdir", refuse)
-    check_unstored(base, expected, "no permission to write here")
-
-
-@pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="permissions bind only a plain Unix user")
-def test_a_folder_without_permission_to_write_is_told(base: ModelEntry, expected: LoadedModel) -> None:
-    Path(base.folder).chmod(0o555)
-    try:
-        check_unstored(base, expected, "no permission to write here")
-    finally:
-        Path(base.folder).chmod(0o755)
-
-
-def test_something_in_the_way_is_told(base: ModelEntry, expected: LoadedModel) -> None:
-    (Path(base.folder) / "quantized").write_text("a file")
-    check_unstored(base, expected, "File exists")
-
-
-def test_a_copy_in_a_store_that_may_not_be_written_is_used(
-    base: ModelEntry, monkeypatch: pytest.MonkeyPatch, never_quantizing: Callable[[], None]
-) -> None:
-    first = load(base)
-
-    def refuse(*arguments: Any, **options: Any) -> None:
-        raise OSError(errno.EROFS, "Read-only file system")
-
-    monkeypatch.setattr(Path, "mkdir", refuse)
-    monkeypatch.setattr(copy_writer, "atomic_path", refuse)
-    never_quantizing()
-    words: list[str] = []
-    assert_same(load(base, warn=words.append), first)
-    assert not words
-
-
-@pytest.mark.parametrize("when", [0, 1, 30])
-def test_a_disk_that_fills_up_ends_the_writing_and_not_the_load(
-    base: ModelEntry, expected: LoadedModel, monkeypatch: pytest.MonkeyPatch, when: int
-) -> None:
-    write, count = SafetensorsStream.write, [0]
-
-    def fill(self: SafetensorsStream, name: str, tensor: Tensor) -> None:
-        count[0] += 1
-        if count[0] > when:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        write(self, name, tensor)
-
-    monkeypatch.setattr(SafetensorsStream, "write", fill)
-    check_unstored(base, expected, "No space left on device")
-    assert count[0] == when + 1
-    assert not files_of(base)
-
-
-def test_a_disk_that_refuses_the_last_bytes_leaves_nothing(
-    base: ModelEntry, expected: LoadedModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(descriptor: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", refuse)
-    check_unstored(base, expected, "the disk is full")
-    assert not files_of(base)
-
-
-# --- interruptions, and others who do the same ---
-
-
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt(), MemoryError("full")])
-@pytest.mark.parametrize("share", [0.0, 0.5])
-def test_an_interrupted_load_leaves_nothing(base: ModelEntry, interruption: BaseException, share: float) -> None:
-    def stop(what: str, fraction: float | None) -> None:
-        if fraction == share:
-            raise interruption
-
-    with pytest.raises(type(interruption)):
-        load(base, progress=stop)
-    assert not files_of(base)
-    assert told_by(base) == []
-    assert [path.name for path in files_of(base)] == ["cpu.safetensors"]
-
-
-KILLED = """
-import os, signal, sys
-import torch
-from edgepeft.engine.model.load import load_model
-from edgepeft.models.store import find_model
-
-def die(what, share):
-    if share == 0.5:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-load_model(find_model(sys.argv[1]), precision="nf4", compute_dtype="bf16", device=torch.device("cpu"), progress=die)
-"""
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="signals as Unix has them")
-def test_what_a_killed_process_left_is_not_used_and_goes_once_it_is_old(
-    base: ModelEntry, expected: LoadedModel
-) -> None:
-    done = subprocess.run([sys.executable, "-c", KILLED, base.name], check=False)
-    assert done.returncode == -9
-    (left,) = files_of(base)
-    assert left.suffix == ".tmp"
-    words: list[str] = []
-    assert_same(load(base, warn=words.append), expected)
-    assert not words
-    # It may belong to a process that is still writing.
-    assert set(files_of(base)) == {left, copy_file(base)}
-    long_ago = left.stat().st_mtime - 2 * 3600
-    os.utime(left, (long_ago, long_ago))
-    copy_file(base).unlink()
-    load(base)
-    assert files_of(base) == [copy_file(base)]
-
-
-def test_two_loads_at_once_leave_one_good_copy(base: ModelEntry, expected: LoadedModel) -> None:
-    words: list[str] = []
-    others: list[LoadedModel] = []
-
-    def another(what: str, share: float | None) -> None:
-        if share == 0.5 and not others:
-            others.append(load(base, warn=words.append))
-            assert copy_file(base).is_file()
-
-    assert_same(load(base, progress=another, warn=words.append), expected)
-    assert_same(others[0], expected)
-    assert not words
-    assert files_of(base) == [copy_file(base)]
-    assert_same(load(base), expected)
-
-
-@pytest.mark.parametrize("again", [False, True])
-def test_a_model_that_is_removed_meanwhile_does_not_come_back(
-    tiny_model: Path, base: ModelEntry, expected: LoadedModel, again: bool
-) -> None:
-    def remove(what: str, share: float | None) -> None:
-        if share == 0.5:
-            remove_model(base.name)
-            if again:
-                add_model(tiny_model)
-
-    words: list[str] = []
-    assert_same(load(base, progress=remove, warn=words.append), expected)
-    assert len(words) == 1
-    assert Path(base.folder).exists() == again
-    assert not files_of(base)
-
-
-def test_a_run_says_that_nothing_could_be_stored(tmp_path: Path, base: ModelEntry) -> None:
-    (Path(base.folder) / "quantized").write_text("a file")
-    run = tiny_run(tmp_path, base, precision="nf4", max_steps=1)
-    messages = [event.message for event in of_type(train(run), Warned)]
-    assert any("the nf4 copy of tiny-model is not stored" in message for message in messages)
-    (Path(base.folder) / "quantized").unlink()
-    stored = tiny_run(tmp_path, base, "stored", precision="nf4", max_steps=1)
-    assert not any("copy" in event.message for event in of_type(train(stored), Warned))
-    assert copy_file(base).is_file()
-
-
-MEASURE = """
-import sys
-from pathlib import Path
-import torch
-from edgepeft.engine.model.load import load_model
-from edgepeft.models.store import ensure_model
-
-def kilobytes(*names):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith(names))
-
-entry = ensure_model(sys.argv[1])
-load_model(ensure_model(sys.argv[2]), precision="nf4", compute_dtype="bf16", device=torch.device("cpu"))
-before, peak = (kilobytes("RssAnon", "RssShmem"), kilobytes("RssFile")), [0, 0]
-def watch(what, fraction):
-    peak[0] = max(peak[0], kilobytes("RssAnon", "RssShmem") - before[0])
-    peak[1] = max(peak[1], kilobytes("RssFile") - before[1])
-loaded = load_model(entry, precision="nf4", compute_dtype="bf16", device=torch.device("cpu"), progress=watch)
-print(sum(loaded.bytes_by_category().values()), peak[0] * 1024, peak[1] * 1024)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
-def test_the_second_load_reads_the_copy_and_needs_no_more_than_the_frozen_model(
-    tmp_path: Path, tiny_model: Path
-) -> None:
-    folder = write_tiny_model(
-        tmp_path / "m",
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=6,
-        num_attention_heads=16,
-        head_dim=64,
-    )
-    source = (folder / "model.safetensors").stat().st_size
-    command = [sys.executable, "-c", MEASURE, str(folder), str(tiny_model)]
-    first, second = (
-        [int(value) for value in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()]
-        for _ in range(2)
-    )
-    print(f"held, peak of anonymous memory, of mapped files: first {first}, second {second}, source {source}")
-    # Nearly all of the source is linears: the first load maps them in, the second leaves them on the disk.
-    assert first[2] > 0.9 * source
-    assert second[2] < 0.1 * source
-    assert second[1] < second[0] + 8 * 2**20
