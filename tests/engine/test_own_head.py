@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM
 
+from edgepeft.engine.inference.score import score_losses
+from edgepeft.engine.inference.session import Session
 from edgepeft.engine.ledger import LiveBytes
 from edgepeft.engine.methods import AttachedAdapter, attach, set_active
 from edgepeft.engine.model.load import LoadedModel, load_model
@@ -138,6 +140,28 @@ def test_loss_and_gradients_are_those_of_plain_transformers(name: str, tiny_mode
 
 def test_a_known_head_is_told_nothing_of(tiny_model: Path) -> None:
     assert runner_of(load(tiny_model)).check() == ""
+
+
+@pytest.mark.parametrize("name", ["sequential", "shifted"])
+def test_chat_and_scores_are_those_of_plain_transformers(name: str, tiny_model: Path) -> None:
+    loaded = load(tiny_model)
+    HEADS[name][0](loaded.model)
+    session = Session(loaded)
+    ids = list(range(5, 14))
+    with torch.inference_mode():
+        hidden = loaded.decoder(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state[0]
+        logits = loaded.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    torch.testing.assert_close(session.logits(hidden), logits, atol=1e-5, rtol=1e-5)
+    expected = F.cross_entropy(logits[:-1], torch.tensor(ids[1:]))
+    (loss,), _ = score_losses(session, [(ids, [True] * len(ids))])
+    assert loss == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_chat_refuses_a_head_that_looks_at_several_tokens(tiny_model: Path) -> None:
+    loaded = load(tiny_model)
+    smeared(loaded.model)
+    with pytest.raises(BadInput, match="looks at more than one token"):
+        Session(loaded)
 
 
 def test_logits_of_all_rows_never_exist(tmp_path: Path) -> None:

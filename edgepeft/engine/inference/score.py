@@ -9,7 +9,6 @@ import torch
 
 from edgepeft.engine.inference.generate import memory_error
 from edgepeft.engine.inference.session import Session
-from edgepeft.engine.training.loss import head_of, summed_loss
 from edgepeft.errors import BadInput, Interrupted
 
 _BATCH_TOKENS = 2048
@@ -79,12 +78,11 @@ def _score_batch(
     hidden = loaded.decoder(
         input_ids=ids, position_ids=torch.arange(width, device=loaded.device)[None], use_cache=False
     ).last_hidden_state
-    head = head_of(loaded.model, loaded.head_weight)
     for row, index in enumerate(batch):
         places = trained[row].nonzero().squeeze(1)
         counts[index] = len(places)
         if counts[index]:
-            total = summed_loss(hidden[row : row + 1], places - 1, ids[row, places], head, _CHUNK_ROWS)
+            total = session.summed_loss(hidden[row : row + 1], places - 1, ids[row, places], _CHUNK_ROWS)
             losses[index] = float(total) / counts[index]
 
 

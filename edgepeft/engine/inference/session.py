@@ -17,7 +17,8 @@ from edgepeft.engine.methods import detach, set_active
 from edgepeft.engine.methods.peft_files import read_adapter
 from edgepeft.engine.model.frozen import DTYPES
 from edgepeft.engine.model.load import LoadedModel
-from edgepeft.engine.training.loss import check_head, head_of
+from edgepeft.engine.training.loss import check_finite, head_of, knows_head, summed_loss
+from edgepeft.engine.training.own_head import OwnHead
 from edgepeft.errors import BadInput, DoesNotFit
 from edgepeft.units import format_bytes
 
@@ -55,8 +56,9 @@ class Session:
         """Folder → (what its files looked like when they were read, name inside the model)."""
         self._count = 0
         self.active: AdapterKey = ()
-        self._head = head_of(loaded.model, loaded.head_weight)
-        self._check_head()
+        weight = loaded.head_weight
+        self._head = None if weight is None else head_of(loaded.model, weight)
+        self._own_head = self._find_own_head()
         if budget_bytes is not None and self.live_bytes + self.cache_token_bytes > budget_bytes:
             raise DoesNotFit(
                 f"the base alone needs {format_bytes(self.live_bytes)}, the budget is {format_bytes(budget_bytes)}",
@@ -81,7 +83,10 @@ class Session:
 
         The model's own forward hands its head a strided slice, for which matmul copies the head once for every row.
         """
+        if self._own_head is not None:
+            return self._own_head.logits(hidden[None])[0]
         head = self._head
+        assert head is not None
         if len(hidden) == 1 and hidden.device.type == "cpu":
             # One row: a matrix-vector product reads the head twice as fast.
             logits = torch.mv(head.weight, hidden[0])[None]
@@ -91,12 +96,34 @@ class Session:
         logits = logits if head.scale == 1.0 else logits * head.scale
         return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
 
+    def summed_loss(self, hidden: Tensor, rows: Tensor, targets: Tensor, chunk_tokens: int) -> Tensor:
+        """As `engine.training.loss.summed_loss`, with the head of this base."""
+        if self._own_head is not None:
+            return self._own_head.summed_loss(hidden, rows, targets, chunk_tokens)
+        assert self._head is not None
+        return summed_loss(hidden, rows, targets, self._head, chunk_tokens)
+
     @torch.inference_mode()
-    def _check_head(self) -> None:
-        """Refuses a base whose output head is not what `logits` takes it for."""
-        ids = torch.tensor([[0, 1]], device=self.loaded.device)
-        hidden = self.loaded.decoder(input_ids=ids, use_cache=False).last_hidden_state[0]
-        check_head(self.loaded.model, hidden, self._head, self.loaded.model(input_ids=ids, use_cache=False).logits[0])
+    def _find_own_head(self) -> OwnHead | None:
+        """The model's own code from hidden states to logits; None where its head is what it is taken for.
+
+        Raises:
+            BadInput: its logits are not finite, or depend on more than a token's own hidden state.
+        """
+        model = self.loaded.model
+        ids = torch.arange(3, 7, device=self.loaded.device).unsqueeze(0) % self.loaded.shape.vocab
+        hidden = self.loaded.decoder(input_ids=ids, use_cache=False).last_hidden_state
+        logits = model(input_ids=ids, use_cache=False).logits
+        check_finite(logits)
+        if self._head is not None and knows_head(hidden[0], self._head, logits[0]):
+            return None
+        own = OwnHead(model, self.loaded.decoder, ids, hidden, logits)
+        if not own.by_row:
+            raise BadInput(
+                f"the output head of {type(model).__name__} looks at more than one token, which chat cannot do",
+                hint="It can be trained; use another base model to chat with",
+            )
+        return own
 
     def activate(self, uses: Sequence[AdapterUse]) -> None:
         """Makes exactly these adapters active; a folder is read once and again only when its files changed.

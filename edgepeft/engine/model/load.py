@@ -69,22 +69,8 @@ class LoadedModel:
         self._linears = {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
 
     @property
-    def head_weight(self) -> Tensor:
-        """[vocab, hidden]; the embedding itself where they are tied.
-
-        Raises:
-            BadInput: the head is no single matrix.
-        """
-        weight = self.plain_head_weight
-        if weight is None:
-            raise BadInput(
-                f"the output head of {type(self.model).__name__} is no single matrix", hint="Use another base model"
-            )
-        return weight
-
-    @property
-    def plain_head_weight(self) -> Tensor | None:
-        """The same; None where the head is no single matrix."""
+    def head_weight(self) -> Tensor | None:
+        """[vocab, hidden], the embedding itself where they are tied; None where the head is no single matrix."""
         weight = getattr(self.model.get_output_embeddings(), "weight", None)
         return weight if isinstance(weight, Tensor) and weight.dim() == 2 else None
 
@@ -108,7 +94,7 @@ class LoadedModel:
         for linear in self._linears.values():
             for category, tensors in linear.weight_source.tensors_by_category().items():
                 found[category] += tensors
-        tables = {id(self.plain_head_weight), id(self.model.get_input_embeddings().weight)}
+        tables = {id(self.head_weight), id(self.model.get_input_embeddings().weight)}
         for parameter in self.model.parameters():
             found["embeddings and head" if id(parameter) in tables else "frozen weights"].append(parameter)
         found["frozen weights"] += self.model.buffers()

@@ -90,25 +90,6 @@ def agrees(ours: Tensor, theirs: Tensor, *, exact: bool) -> bool:
     return worst <= theirs.float().abs().max().item() * (1e-4 if exact else 0.05) + 1e-6
 
 
-def check_head(model: nn.Module, hidden: Tensor, head: Head, logits: Tensor) -> None:
-    """Refuses a head that does something else than `Head`, for work that knows no other.
-
-    Args:
-        model: named in the error.
-        hidden: [rows, hidden], after the final norm.
-        head: ours.
-        logits: [rows, vocabulary], the model's own for the same rows.
-
-    Raises:
-        BadInput: our logits and its own differ by more than rounding, or its own are not finite.
-    """
-    if not knows_head(hidden, head, logits):
-        raise BadInput(
-            f"the output head of {type(model).__name__} does something that edgepeft does not know",
-            hint="Its logits differ from hidden states times the head; use another base model",
-        )
-
-
 def summed_loss(hidden: Tensor, rows: Tensor, targets: Tensor, head: Head, chunk_tokens: int) -> Tensor:
     """The summed negative log-likelihood of the trained tokens, natural logarithm, as a float32 scalar.
 

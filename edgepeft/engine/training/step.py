@@ -71,7 +71,7 @@ class StepRunner:
         self._backward = backward
         self._gauge = gauge
         self._before_micro_batch = before_micro_batch
-        weight = loaded.plain_head_weight
+        weight = loaded.head_weight
         self._head = None if weight is None else head_of(loaded.model, weight)
         self._own_head: OwnHead | None = None
         self._balance = balance_of(loaded.model)
