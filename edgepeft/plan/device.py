@@ -49,6 +49,8 @@ class PlanDevice(msgspec.Struct, frozen=True):
     """Operations a second of its tensor cores, as its profile says; None where that is not known."""
     free_bytes: int | None = None
     """What is free on it now; None where it is not in this machine."""
+    ram_free_bytes: int | None = None
+    """RAM beside it that a run may fill; None for the CPU, and for a card that is not in this machine."""
     taken: str = ""
     """Who holds much of a card now, in words; empty when it is mostly free."""
 
@@ -89,6 +91,7 @@ def card_device(card: GpuSnapshot) -> PlanDevice:
         raise DeviceUnusable(
             f"{card.name} does not tell its memory", where="--gpu", hint="Give --budget and --gpu with a profile id"
         )
+    from edgepeft.hardware.host import read_host
     from edgepeft.profiles import match_gpu
 
     bf16 = card.bf16 is not False
@@ -107,6 +110,7 @@ def card_device(card: GpuSnapshot) -> PlanDevice:
         capability=card.capability,
         tensor_flops=_tensor_flops(profile),
         free_bytes=card.free_bytes,
+        ram_free_bytes=round(read_host().ram_available_bytes * CPU_SHARE),
         taken=_taken(card, card.total_bytes - card.free_bytes, card.total_bytes),
     )
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 from edgepeft.errors import BadInput
 from edgepeft.library.parent import TAKEN_OVER
-from edgepeft.memory.weights import ELEMENT_BYTES
 from edgepeft.methods import method_of
 from edgepeft.plan.speed import OFFLOAD_SPEED, say_time
 from edgepeft.plan.train_plan import Choice, DataSummary, Origin
@@ -215,8 +214,7 @@ def notes_of(search: Search, chosen: Candidate, data: DataSummary | None) -> tup
 def _offload_note(search: Search, chosen: Candidate) -> str:
     if search.request.device.kind == "cpu":
         return "On the CPU --checkpointing offload is layer: inputs of layers lie in RAM anyway."
-    shape, tokens = search.shape, search.count(chosen).workload.tokens
-    held = ELEMENT_BYTES[search.compute_dtype] * shape.layers * shape.hidden * tokens
+    held = search.offloaded_bytes(search.count(chosen).workload.tokens)
     return (
         f"Between forward and backward {format_bytes(held)} of inputs of layers lie in pinned RAM, which must be free. "
         f"That copying them costs {_slower()} of the speed is an assumption."

@@ -19,6 +19,8 @@ import msgspec
 
 from edgepeft.memory.breakdown import Breakdown
 from edgepeft.memory.calibration import Correction
+from edgepeft.memory.chunks import in_token_steps
+from edgepeft.memory.weights import ELEMENT_BYTES
 from edgepeft.memory.workload import Workload, full_workload
 from edgepeft.plan.prediction import Prediction, correction_for, predict
 from edgepeft.plan.request import Candidate, Given, PlanRequest
@@ -95,7 +97,10 @@ class Search(Space):
         return msgspec.structs.replace(prediction, memory=memory)
 
     def fits(self, candidate: Candidate) -> bool:
-        """Whether its predicted peak is within the budget, with room for the prediction's uncertainty."""
+        """Whether its predicted peak is within the budget, with room for the prediction's uncertainty, and what it
+        offloads within the RAM."""
+        if candidate.checkpointing == "offload" and not self._ram_holds(candidate):
+            return False
         budget = self.request.budget_bytes
         needed = self._needed(self.prediction(candidate))
         if budget < needed <= self._near * budget:
@@ -127,7 +132,20 @@ class Search(Space):
 
     @property
     def _may_offload(self) -> bool:
-        return self.request.device.kind == "cuda" and "checkpointing" not in self.pins
+        on_card = self.request.device.kind == "cuda" and "checkpointing" not in self.pins
+        return on_card and self._ram_holds(self._lean(self.least_length(), self.precisions[-1], self.ranks[-1]))
+
+    def _ram_holds(self, candidate: Candidate) -> bool:
+        """Whether the inputs of all layers would find room in the RAM beside the card; whoever pins that decides."""
+        free = self.request.device.ram_free_bytes
+        if free is None or "checkpointing" in self.pins:
+            return True
+        tokens = max(candidate.micro_batch_tokens, self.longest_sample(candidate.max_seq_len))
+        return self.offloaded_bytes(tokens) <= free
+
+    def offloaded_bytes(self, tokens: int) -> int:
+        """What lies in RAM between forward and backward of a micro-batch: the inputs of all layers."""
+        return ELEMENT_BYTES[self.compute_dtype] * self.shape.layers * self.shape.hidden * in_token_steps(tokens)
 
     def _lean(self, max_seq_len: int, precision: Precision, rank: int) -> Candidate:
         return Candidate(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from edgepeft.errors import DoesNotFit
+from edgepeft.memory.chunks import in_token_steps
 from edgepeft.plan.device import profile_device
 from edgepeft.plan.files import read_plan_toml, write_plan_toml
 from edgepeft.plan.request import PlanRequest
@@ -53,6 +55,20 @@ def test_it_is_chosen_for_a_card_only_where_nothing_else_fits() -> None:
     assert plan.wants_more["inputs of layers kept on the card"] > plan.memory.peak_bytes
     for budget in (kept, 2 * kept, 4 * kept):
         assert mode(make_plan(on_card(budget, **fixed))) in ("layer", "none")
+
+
+def test_it_needs_room_in_the_ram() -> None:
+    kept, moved = smallest_budget(checkpointing="layer"), smallest_budget(checkpointing="offload")
+    needed = 2 * 32 * 4096 * in_token_steps(1500)
+    fixed = {"precision": "nf4", "rank": 8, "max_seq_len": 1500}
+    tight = on_card((kept + moved) // 2, **fixed)
+
+    def with_ram(size: int) -> PlanRequest:
+        return msgspec.structs.replace(tight, device=msgspec.structs.replace(tight.device, ram_free_bytes=size))
+
+    assert mode(make_plan(with_ram(needed))) == "offload"
+    # Without, the plan comes nearer to its budget than it would like to.
+    assert mode(make_plan(with_ram(needed - 1))) == "layer"
 
 
 def test_it_makes_room_for_what_counts_more() -> None:
