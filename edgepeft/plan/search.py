@@ -43,6 +43,9 @@ NEAR_BUDGET = ((1_000, math.inf), (20_000, 2.0), (math.inf, 1.15))
 """For runs of up to so many samples, all steps together: the bound, in budgets, up to which micro-batches are counted
 instead; in long runs that takes a fraction of a second."""
 
+LARGER_LOOKS = 8
+"""Larger micro-batches that are looked at when the search by halves has ended."""
+
 
 class Search(Space):
     """One search; afterwards it knows what the chosen values were weighed against."""
@@ -253,6 +256,11 @@ class Search(Space):
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (middle, high) if self.fits(tried[middle]) else (low, middle)
+        if self._near == math.inf:
+            # In a run of few samples a larger one may pack a whole step, which needs less, or fill rows up by less.
+            larger = tried[high + 1 :]
+            larger = larger[:: max(1, len(larger) // LARGER_LOOKS)]
+            return next((found for found in reversed(larger) if self.fits(found)), tried[low] if low >= 0 else None)
         return tried[low] if low >= 0 else None
 
     def micro_batches(self, lean: Candidate) -> list[int]:

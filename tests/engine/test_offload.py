@@ -25,6 +25,7 @@ from edgepeft.engine.training.batches import Sample
 from edgepeft.engine.training.memory import MemoryGauge
 from edgepeft.engine.training.step import StepRunner
 from edgepeft.memory.breakdown import Phase
+from edgepeft.memory.chunks import in_token_steps
 from edgepeft.memory.dry_run import DryRunRequest
 from edgepeft.memory.estimate import estimate_training
 from edgepeft.memory.target import CPU, Target
@@ -149,7 +150,7 @@ def _steps(mode: Any, target: Target, workload: Workload, *, full: bool = False)
 
 
 def test_inputs_of_the_layers_below_are_not_on_the_card() -> None:
-    workload, size = Workload(3000, 3000, 100), 3000 * 64 * 2
+    workload, size = Workload(3000, 3000, 100), in_token_steps(3000) * 64 * 2
     kept, moved = (_steps(mode, CARD, workload)[1] for mode in ("layer", "offload"))
     assert kept.place == "backward of layer 12"
     # Of the twelve inputs two are there in the last layer's backward: its own, which its norm keeps, and the one below.

@@ -20,9 +20,9 @@ WINDOW_STEPS = 20
 """Steps whose mean loss is looked at."""
 EXPLODED = 2.0
 """Times the lowest mean so far that a loss must exceed to count as exploded."""
-BLIND = 0.99
+BLIND = 0.95
 """Share of the loss of blind guessing, ln V, that it must exceed as well. An adapter that grew beyond all bounds often
-comes to rest there, with the same answer to everything."""
+comes to rest near there, with the same answer to everything."""
 SOUND_STEPS = 5
 """Steps whose mean loss tells whether a checkpoint is one to go back to."""
 SOUND = 1.5
