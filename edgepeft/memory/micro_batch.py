@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from edgepeft.memory.chunks import in_token_steps, loss_rows
+from edgepeft.memory.chunks import loss_rows
 from edgepeft.memory.operations import FLOAT32, Operations
 from edgepeft.memory.programs import LayerPlan, Program
 from edgepeft.memory.tape import GRADIENTS, LOSS, RECOMPUTED, Peak, Tape, Tensor
@@ -217,8 +217,8 @@ def _layer_of(program: Program, ops: Operations, plan: LayerPlan) -> Callable[[T
 def _loss(plan: LossPlan, tape: Tape) -> Tensor | None:
     """The gradient of the rows that meet the head; None without gradients."""
     recording = tape.nodes is not None
-    chunk = min(plan.chunk_rows, max(in_token_steps(plan.trained), 1))
-    rows = loss_rows(plan.trained, chunk)
+    rows = loss_rows(plan.trained, plan.chunk_rows)
+    chunk = min(plan.chunk_rows, rows)
     gradient = Tensor(tape, rows * plan.row_bytes) if recording else None
     if not plan.trained:
         return gradient

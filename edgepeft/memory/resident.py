@@ -37,7 +37,7 @@ SHAPES_OF_ROW_LENGTH = 27
 SHAPES_OF_SAMPLE_LENGTH = 3.3
 """Shapes that attention adds for samples of one length; four to six, some of which other lengths share."""
 TOKENIZER_SHARE = 7
-"""Bytes that reading a tokenizer leaves behind when it is gone, for each of its file."""
+"""Bytes that reading a tokenizer leaves behind when it is gone, for each byte of its file."""
 HEAP_SHARE = 0.15
 """Holes in the heap, as a share of the tensors that come and go."""
 _KEPT: tuple[Category, ...] = ("frozen weights", "quantization constants", "embeddings and head")

@@ -17,8 +17,8 @@ from edgepeft.engine.methods import detach, set_active
 from edgepeft.engine.methods.peft_files import read_adapter
 from edgepeft.engine.model.frozen import DTYPES
 from edgepeft.engine.model.load import LoadedModel
-from edgepeft.engine.training.loss import check_finite, head_of, knows_head, summed_loss
-from edgepeft.engine.training.own_head import OwnHead
+from edgepeft.engine.training.loss import head_of, summed_loss
+from edgepeft.engine.training.own_head import OwnHead, find_own_head
 from edgepeft.errors import BadInput, DoesNotFit
 from edgepeft.units import format_bytes
 
@@ -110,17 +110,11 @@ class Session:
         Raises:
             BadInput: its logits are not finite, or depend on more than a token's own hidden state.
         """
-        model = self.loaded.model
-        ids = torch.arange(3, 7, device=self.loaded.device).unsqueeze(0) % self.loaded.shape.vocab
-        hidden = self.loaded.decoder(input_ids=ids, use_cache=False).last_hidden_state
-        logits = model(input_ids=ids, use_cache=False).logits
-        check_finite(logits)
-        if self._head is not None and knows_head(hidden[0], self._head, logits[0]):
-            return None
-        own = OwnHead(model, self.loaded.decoder, ids, hidden, logits)
-        if not own.by_row:
+        own = find_own_head(self.loaded, self._head)
+        if own is not None and not own.by_row:
             raise BadInput(
-                f"the output head of {type(model).__name__} looks at more than one token, which chat cannot do",
+                f"the output head of {type(self.loaded.model).__name__} looks at more than one token, which chat and "
+                "scoring cannot do",
                 hint="It can be trained; use another base model to chat with",
             )
         return own

@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from edgepeft.engine.kernels import one_of, target_of
 from edgepeft.errors import BadInput
-from edgepeft.memory.chunks import LOSS_SCRATCH_BYTES, in_token_steps, loss_rows
+from edgepeft.memory.chunks import LOSS_SCRATCH_BYTES, loss_rows
 
 
 class Head(NamedTuple):
@@ -116,13 +116,13 @@ class _SummedLoss(torch.autograd.Function):
         width = hidden.shape[-1]
         flat = hidden.reshape(-1, width)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        chunk_tokens = min(chunk_tokens, max(in_token_steps(count), 1))
-        gradient = hidden.new_empty(loss_rows(count, chunk_tokens), width) if with_gradient else None
+        filled_rows = loss_rows(count, chunk_tokens)
+        gradient = hidden.new_empty(filled_rows, width) if with_gradient else None
         # One buffer serves every chunk: mapping fresh pages costs as much as a pass over them.
-        buffer = hidden.new_empty(chunk_tokens, head.weight.shape[0]) if count else None
+        buffer = hidden.new_empty(min(chunk_tokens, filled_rows), head.weight.shape[0]) if count else None
         for begin in one_of(range(0, count, chunk_tokens)):
             wanted = rows[begin : begin + chunk_tokens]
-            filled = min(in_token_steps(wanted.shape[0]), chunk_tokens)
+            filled = min(chunk_tokens, filled_rows - begin)
             picked = flat.new_zeros(filled, width)
             torch.index_select(flat, 0, wanted, out=picked[: wanted.shape[0]])
             assert buffer is not None

@@ -18,7 +18,28 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import MoeModelOutputWithPast
 
-from edgepeft.engine.training.loss import agrees
+from edgepeft.engine.model.load import LoadedModel
+from edgepeft.engine.training.loss import Head, agrees, check_finite, knows_head
+
+
+def find_own_head(loaded: LoadedModel, head: Head | None) -> OwnHead | None:
+    """The model's own code where its logits, on a few tokens, are not those of `head`; None where they are.
+
+    Args:
+        loaded: the base.
+        head: what its head is taken for; None where it is no single matrix.
+
+    Raises:
+        BadInput: the model's logits are not finite.
+    """
+    model: Any = loaded.model
+    ids = torch.arange(3, 7, device=loaded.device).unsqueeze(0) % loaded.shape.vocab
+    hidden = loaded.decoder(input_ids=ids, use_cache=False).last_hidden_state
+    logits = model(input_ids=ids, use_cache=False).logits
+    check_finite(logits)
+    if head is not None and knows_head(hidden[0], head, logits[0]):
+        return None
+    return OwnHead(model, loaded.decoder, ids, hidden, logits)
 
 
 class OwnHead:

@@ -94,6 +94,7 @@ class Samples:
 
     def _answer(self, prompt: str) -> str:
         folder = Path(self._loaded.entry.folder)
+        # As at a run's end: the tokenizer finds room where the last step's tensors were.
         trim_heap()
         tokenizer = Tokenizer.load(folder)
         template = load_template(self._data, folder)

@@ -19,9 +19,9 @@ from edgepeft.engine.training.attention import packed, use_packed_attention
 from edgepeft.engine.training.balance import balance_of
 from edgepeft.engine.training.batches import MicroBatch, Sample, build_micro_batch, plan_micro_batches
 from edgepeft.engine.training.checkpointing import set_checkpointing
-from edgepeft.engine.training.loss import check_finite, head_of, knows_head, summed_loss
+from edgepeft.engine.training.loss import head_of, summed_loss
 from edgepeft.engine.training.memory import MemoryGauge, Size
-from edgepeft.engine.training.own_head import OwnHead, summed_cross_entropy
+from edgepeft.engine.training.own_head import OwnHead, find_own_head, summed_cross_entropy
 from edgepeft.engine.training.recovery import first_line, is_out_of_memory, release_memory, smaller_layout
 from edgepeft.errors import OutOfMemory
 from edgepeft.spec import Checkpointing, Layout, Recipe
@@ -97,15 +97,8 @@ class StepRunner:
         Raises:
             BadInput: the model's logits are not finite.
         """
-        ids = torch.arange(3, 7, device=self._loaded.device).unsqueeze(0) % self._loaded.shape.vocab
-        model: Any = self._loaded.model
-        hidden = self._loaded.decoder(input_ids=ids, use_cache=False).last_hidden_state
-        logits = model(input_ids=ids, use_cache=False).logits
-        check_finite(logits)
-        if self._head is not None and knows_head(hidden[0], self._head, logits[0]):
-            return ""
-        self._own_head = OwnHead(model, self._loaded.decoder, ids, hidden, logits)
-        return self._own_head.warning
+        self._own_head = find_own_head(self._loaded, self._head)
+        return "" if self._own_head is None else self._own_head.warning
 
     def train(self, samples: Sequence[Sample], layout: Layout, step: int, *, watch_all: bool = False) -> StepSums:
         """Adds the gradient of the mean loss over all trained tokens of `samples` to the adapter's.
@@ -127,8 +120,7 @@ class StepRunner:
         total = torch.zeros((), dtype=torch.float32, device=self._loaded.device)
         tokens = 0
         for group in self._groups(samples, layout):
-            self._before_micro_batch()
-            trim_heap()
+            self._begin_micro_batch()
             size = _size(group, layout, gradients=any(tensor.grad is not None for tensor in self._trained))
             watched: AbstractContextManager[object] = nullcontext()
             if watch_all or self._gauge.wants(size):
@@ -175,8 +167,7 @@ class StepRunner:
         loss, tokens = 0.0, 0
         while left:
             group = self._groups(left, layout)[0]
-            self._before_micro_batch()
-            trim_heap()
+            self._begin_micro_batch()
             size = _size(group, layout)
             part: float | None = None
             why = ""
@@ -208,13 +199,19 @@ class StepRunner:
             left = [sample for sample in left if sample.number not in done]
         return StepSums(loss, sum(len(sample.targets) for sample in samples), tokens)
 
+    def _begin_micro_batch(self) -> None:
+        self._before_micro_batch()
+        if self._loaded.device.type == "cpu":
+            trim_heap()
+
     def _groups(self, samples: Sequence[Sample], layout: Layout) -> list[list[Sample]]:
         """The micro-batches; of one sample each where a head would see those that are packed beside it."""
         alone = self._own_head is not None and not self._own_head.by_row
         return plan_micro_batches(samples, 1 if alone else layout.micro_batch_tokens)
 
     def _build(self, group: Sequence[Sample]) -> MicroBatch:
-        return build_micro_batch(group, self._loaded.device, fill_up=self._own_head is None)
+        by_row = self._own_head is None or self._own_head.by_row
+        return build_micro_batch(group, self._loaded.device, fill_up=by_row)
 
     def _loss(self, batch: MicroBatch, chunk_tokens: int) -> tuple[Tensor, Tensor | None]:
         """The summed loss, and in training what balances experts; None where nothing does."""
