@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from edgepeft.engine.model.load import LoadedModel, load_model
 from edgepeft.errors import BadInput
 from edgepeft.methods import LoraConfig
 from edgepeft.models.store import ensure_model
+from measured_load import measure_load, write_wide_model
 from tiny import write_tiny_model, write_tokenizer
 
 CPU = torch.device("cpu")
@@ -398,44 +398,12 @@ def test_mxfp4_experts_are_dequantized(tmp_path: Path) -> None:
     assert all(isinstance(linear, AdaptedLinear) for linear in loaded.linears().values())
 
 
-MEASURE = """
-import sys
-from pathlib import Path
-import torch
-from edgepeft.engine.model.load import load_model
-from edgepeft.models.store import ensure_model
-
-def anonymous():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith(("RssAnon", "RssShmem"))) * 1024
-
-entry = ensure_model(sys.argv[1])
-load_model(ensure_model(sys.argv[2]), precision="nf4", compute_dtype="bf16", device=torch.device("cpu"))
-before, peak = anonymous(), 0
-def watch(what, fraction):
-    global peak
-    peak = max(peak, anonymous())
-loaded = load_model(entry, precision="nf4", compute_dtype="bf16", device=torch.device("cpu"), progress=watch)
-print(sum(loaded.bytes_by_category().values()), peak - before, anonymous() - before, entry.weights_bytes)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="anonymous memory is read from /proc")
 def test_loading_needs_little_more_than_the_frozen_model(tmp_path: Path, tiny_model: Path) -> None:
-    folder = write_tiny_model(
-        tmp_path / "m",
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=6,
-        num_attention_heads=16,
-        head_dim=64,
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(folder), str(tiny_model)], capture_output=True, text=True, check=True
-    )
-    held, peak, after, source = map(int, done.stdout.split())
-    print(f"held {held}, peak of anonymous memory {peak}, afterwards {after}, source {source}")
-    assert source > 4 * held
-    assert peak < held + 48 * 2**20
-    assert after < held + 16 * 2**20
+    folder = write_wide_model(tmp_path / "m")
+    found, source = measure_load(folder, tiny_model), (folder / "model.safetensors").stat().st_size
+    print(f"{found}, source {source}")
+    assert source > 4 * found.held
+    assert found.peak < found.held + 48 * 2**20
+    assert found.after < found.held + 16 * 2**20

@@ -19,8 +19,8 @@ from edgepeft.engine.model.safetensors_stream import SafetensorsStream
 from edgepeft.models.quantized_copy import find_copy
 from edgepeft.models.store import ModelEntry, add_model, remove_model
 from edgepeft.runs.events import Warned
+from measured_load import measure_load, write_wide_model
 from quantized_copies import assert_same, copy_file, files_of, forbid_quantizing, forget, load, told_by
-from tiny import write_tiny_model
 from training_runs import of_type, tiny_run, train
 
 
@@ -218,49 +218,16 @@ def test_a_run_says_that_nothing_could_be_stored(tmp_path: Path, base: ModelEntr
     assert copy_file(base).is_file()
 
 
-MEASURE = """
-import sys
-from pathlib import Path
-import torch
-from edgepeft.engine.model.load import load_model
-from edgepeft.models.store import ensure_model
-
-def kilobytes(*names):
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return sum(int(line.split()[1]) for line in lines if line.startswith(names))
-
-entry = ensure_model(sys.argv[1])
-load_model(ensure_model(sys.argv[2]), precision="nf4", compute_dtype="bf16", device=torch.device("cpu"))
-before, peak = (kilobytes("RssAnon", "RssShmem"), kilobytes("RssFile")), [0, 0]
-def watch(what, fraction):
-    peak[0] = max(peak[0], kilobytes("RssAnon", "RssShmem") - before[0])
-    peak[1] = max(peak[1], kilobytes("RssFile") - before[1])
-loaded = load_model(entry, precision="nf4", compute_dtype="bf16", device=torch.device("cpu"), progress=watch)
-print(sum(loaded.bytes_by_category().values()), peak[0] * 1024, peak[1] * 1024)
-"""
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="memory is read from /proc")
 def test_the_second_load_reads_the_copy_and_needs_no_more_than_the_frozen_model(
     tmp_path: Path, tiny_model: Path
 ) -> None:
-    folder = write_tiny_model(
-        tmp_path / "m",
-        hidden_size=1024,
-        intermediate_size=4096,
-        num_hidden_layers=6,
-        num_attention_heads=16,
-        head_dim=64,
-    )
+    folder = write_wide_model(tmp_path / "m")
     source = (folder / "model.safetensors").stat().st_size
-    command = [sys.executable, "-c", MEASURE, str(folder), str(tiny_model)]
-    first, second = (
-        [int(value) for value in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()]
-        for _ in range(2)
-    )
-    print(f"held, peak of anonymous memory, of mapped files: first {first}, second {second}, source {source}")
+    first, second = (measure_load(folder, tiny_model) for _ in range(2))
+    print(f"first {first}, second {second}, source {source}")
     # Nearly all of the source is linears: the first load maps them in, the second leaves them on the disk.
-    assert first[2] > 0.9 * source
-    assert second[2] < 0.1 * source
-    assert second[1] < second[0] + 8 * 2**20
+    assert first.peak_mapped > 0.9 * source
+    assert second.peak_mapped < 0.1 * source
+    assert second.peak < second.held + 8 * 2**20
