@@ -34,6 +34,14 @@ def evaluate(
         str | None,
         typer.Option("--template", help="Chat template: chatml, plain or a Jinja file.", show_default=False),
     ] = None,
+    system: Annotated[
+        str | None,
+        typer.Option(
+            "--system",
+            help="System message for records without one; as the adapter was trained by itself.",
+            show_default=False,
+        ),
+    ] = None,
     columns: Annotated[
         list[str] | None, typer.Option("--map", help="FIELD=COLUMN, for files with other columns.", show_default=False)
     ] = None,
@@ -72,7 +80,7 @@ def evaluate(
             limit=limit,
             template=prompting.template,
             stop_ids=prompting.stop_ids,
-            system=prompting.system,
+            system=prompting.system if system is None else system,
             columns=mapped,
             batch_size=batch_size,
             progress=tell,

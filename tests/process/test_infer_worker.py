@@ -285,4 +285,7 @@ def test_eval_command_prints_scores_and_rows(entry: ModelEntry, tmp_path: Path) 
     assert told.returncode == 0, told.stderr
     result = json.loads(told.stdout)
     assert (result["records"], len(result["rows"]), result["valid_json"]) == (3, 3, None)
+    words = ("eval", "tiny", "--data", str(path), "--max-new-tokens", "3", "--gpu", "cpu", "--json")
+    guided = json.loads(edgepeft(*words, "--system", "Answer with one digit.").stdout)
+    assert guided["loss"] != result["loss"]
     assert edgepeft("eval", "tiny", "--data", str(tmp_path / "none.jsonl")).returncode == 3
