@@ -12,11 +12,11 @@ import msgspec
 
 from edgepeft.errors import BadInput, EdgepeftError, UsageError
 from edgepeft.library.card import Card
-from edgepeft.library.peft_config import check_supported
+from edgepeft.library.peft_config import method_id_of
 from edgepeft.library.store import CONFIG_FILE, AdapterFolder, check_base, resolve_adapter
 from edgepeft.library.tensors import lora_dimensions
-from edgepeft.methods import LoraConfig
-from edgepeft.methods.lora import targeted
+from edgepeft.methods import LoraConfig, MethodConfig, id_of
+from edgepeft.methods.targets import matching
 from edgepeft.models.headers import read_header
 from edgepeft.models.shape import ModelShape
 from edgepeft.paths import disk_errors
@@ -36,19 +36,28 @@ class Parent(msgspec.Struct, frozen=True):
     """An adapter that can be continued."""
 
     ref: ParentRef
-    method: LoraConfig
+    method: MethodConfig
     """What the adapter is, and its continuation too."""
     notes: tuple[str, ...] = ()
     """What a person should know, as sentences."""
 
     def take_over(self, typed: Mapping[str, Any], shape: ModelShape) -> dict[str, Any]:
-        """The typed options with the parent's rank, alpha, targets and dropout among them.
+        """The typed options with the parent's rank, alpha, targets and dropout among them, where it has them.
 
         Raises:
             UsageError: an option says otherwise.
         """
-        own = {name: getattr(self.method, name) for name in TAKEN_OVER}
+        method = id_of(self.method)
+        if typed.get("method", method) != method or typed.get("set"):
+            raise UsageError(
+                f"{self.ref.adapter} is of the method {method}, and its continuation keeps all of its settings",
+                where="--method" if "method" in typed else "--set",
+                hint="Leave it out, or train a new adapter without --from",
+            )
+        own = {name: getattr(self.method, name) for name in TAKEN_OVER if hasattr(self.method, name)}
         for name in TAKEN_OVER:
+            if name in typed and name not in own:
+                raise UsageError(f"the method {method} has no {name}", where=f"--{name}", hint=f"Leave --{name} out")
             if name in typed and not self._agrees(name, typed[name], shape):
                 shown = ", ".join(own[name]) if name == "targets" else f"{own[name]:g}"
                 raise UsageError(
@@ -62,7 +71,7 @@ class Parent(msgspec.Struct, frozen=True):
         if name != "targets":
             return math.isclose(float(value), float(getattr(self.method, name)), rel_tol=1e-9)
         names = tuple(part.strip() for part in str(value).split(",") if part.strip())
-        return bool(names) and _names(names, shape) == _names(self.method.targets, shape)
+        return bool(names) and _names(names, shape) == _names(getattr(self.method, name), shape)
 
 
 def find_parent(reference: str, entry: ModelEntry) -> Parent:
@@ -73,7 +82,6 @@ def find_parent(reference: str, entry: ModelEntry) -> Parent:
     """
     adapter = resolve_adapter(reference)
     warnings = check_base(adapter, entry)
-    check_supported(adapter.config, str(adapter.path / CONFIG_FILE))
     method = _method(adapter, entry.shape)
     ref = ParentRef(adapter.reference, weights_digest(adapter))
     return Parent(ref, method, tuple(f"{warning}." for warning in warnings))
@@ -95,7 +103,7 @@ def verified_folder(ref: ParentRef) -> AdapterFolder:
     return adapter
 
 
-def check_continues(ref: ParentRef, method: LoraConfig, entry: ModelEntry) -> None:
+def check_continues(ref: ParentRef, method: MethodConfig, entry: ModelEntry) -> None:
     """Refuses a plan whose method is not that of its parent.
 
     Raises:
@@ -103,6 +111,14 @@ def check_continues(ref: ParentRef, method: LoraConfig, entry: ModelEntry) -> No
     """
     verified_folder(ref)
     parent = find_parent(ref.adapter, entry).method
+    if not isinstance(parent, LoraConfig) or not isinstance(method, LoraConfig):
+        if method != parent:
+            raise BadInput(
+                f"its continuation must keep the method {id_of(parent)} and all of its settings",
+                where=ref.adapter,
+                hint="Put them back into the plan's [spec.recipe.method], or plan without --from",
+            )
+        return
     same = msgspec.structs.replace(parent, targets=method.targets)
     if method != same or _names(method.targets, entry.shape) != _names(parent.targets, entry.shape):
         raise BadInput(
@@ -133,7 +149,26 @@ def lineage(card: Card) -> list[str]:
     return line
 
 
-def _method(adapter: AdapterFolder, shape: ModelShape) -> LoraConfig:
+def _method(adapter: AdapterFolder, shape: ModelShape) -> MethodConfig:
+    """What an adapter is.
+
+    Raises:
+        BadInput: it is of a kind that cannot be continued.
+    """
+    where = str(adapter.path / CONFIG_FILE)
+    method = method_id_of(adapter.config, where)
+    if method == "lora":
+        return _lora(adapter, shape)
+    if adapter.card is None:
+        raise BadInput(
+            f"it is a {method} adapter that edgepeft did not make: of other programs only a LoRA can be continued",
+            where=where,
+            hint="Use it as it is in chat, or train a new adapter without --from",
+        )
+    return adapter.card.recipe.method
+
+
+def _lora(adapter: AdapterFolder, shape: ModelShape) -> LoraConfig:
     """The config of a LoRA of one rank and one scale on whole kinds of linears.
 
     Raises:
@@ -186,4 +221,4 @@ def _shortest(names: tuple[str, ...], shape: ModelShape) -> tuple[str, ...]:
 
 
 def _names(targets: tuple[str, ...], shape: ModelShape) -> set[str]:
-    return {linear.name for linear in targeted(LoraConfig(rank=1, targets=targets), shape)}
+    return {linear.name for linear in matching(targets, shape)}

@@ -1,4 +1,4 @@
-"""What an adapter_config.json of PEFT asks for, and whether it can be done here; no tensor is read."""
+"""What an adapter_config.json asks for, PEFT's or our own, and whether it can be done here; no tensor is read."""
 
 from __future__ import annotations
 
@@ -6,6 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from edgepeft.errors import BadInput
+from edgepeft.methods import METHODS
+
+OWN_PREFIX = "EDGEPEFT_"
+"""Begins the `peft_type` of a method that PEFT does not have; its id follows."""
+OWN_KEY = "edgepeft"
+"""Where the config of such a method stands."""
+_BY_TYPE = {method.peft_type or OWN_PREFIX + name.upper(): name for name, method in METHODS.items()}
 
 UNSUPPORTED = {
     "use_dora": "DoRA",
@@ -21,8 +28,22 @@ UNSUPPORTED = {
 """Settings that change what an adapter computes in a way that is not implemented here."""
 
 
+def method_id_of(settings: Mapping[str, Any], where: str) -> str:
+    """The id of the method that an adapter is of.
+
+    Args:
+        settings: of adapter_config.json.
+        where: the file, for messages.
+
+    Raises:
+        BadInput: it is of none that is known here, or uses what is not.
+    """
+    check_supported(settings, where)
+    return _BY_TYPE[str(settings["peft_type"])]
+
+
 def check_supported(settings: Mapping[str, Any], where: str) -> None:
-    """Refuses an adapter that computes something else than a LoRA beside linear layers.
+    """Refuses an adapter that computes something that is not implemented here.
 
     Args:
         settings: of adapter_config.json.
@@ -32,8 +53,9 @@ def check_supported(settings: Mapping[str, Any], where: str) -> None:
         BadInput: saying which setting is in the way.
     """
     kind = settings.get("peft_type")
-    if kind != "LORA":
-        raise BadInput(f"the adapter is of type {kind}, only LORA can be loaded", where=where)
+    if kind not in _BY_TYPE:
+        hint = f"Known are {', '.join(_BY_TYPE)}; merge it into its base with PEFT, then add the merged model"
+        raise BadInput(f"the adapter is of type {kind}, which cannot be loaded", where=where, hint=hint)
     for key, what in UNSUPPORTED.items():
         if settings.get(key):
             hint = "Merge it into its base in PEFT, or train it without"

@@ -18,6 +18,7 @@ import msgspec
 
 from edgepeft.errors import BadInput, EdgepeftError
 from edgepeft.library.card import CARD_FILE, Card
+from edgepeft.library.peft_config import check_supported
 from edgepeft.library.tensors import dimensions_differ, shape_mismatch
 from edgepeft.models.headers import read_header
 from edgepeft.paths import check_name, disk_errors, home, make_folder, sync_folder, write_atomic
@@ -287,7 +288,7 @@ def check_base(adapter: AdapterFolder, entry: ModelEntry) -> list[str]:
     """Whether the adapter belongs to this base; returns warnings.
 
     A card's fingerprint decides. Without one, every LoRA tensor must have the dimensions of the base's linears,
-    and the caller is warned that this proves only the shape.
+    and the caller is warned that this proves only the shape; tensors of other methods are checked as they are loaded.
 
     Raises:
         BadInput: it was trained on another base, or is of a kind that is not known here.
@@ -301,13 +302,7 @@ def check_base(adapter: AdapterFolder, entry: ModelEntry) -> list[str]:
             where=adapter.reference,
             hint=f"Use it with {adapter.card.base}",
         )
-    kind = adapter.config["peft_type"]
-    if kind != "LORA":
-        raise BadInput(
-            f"is a PEFT adapter of the type {kind}, and only LORA can be used here",
-            where=adapter.reference,
-            hint="Merge it into its base with PEFT, then add the merged model",
-        )
+    check_supported(adapter.config, str(adapter.path / CONFIG_FILE))
     mismatch = shape_mismatch(read_header(adapter.weights), adapter.config, entry.shape)
     claimed = adapter.config.get("base_model_name_or_path") or "a base that it does not name"
     if mismatch:

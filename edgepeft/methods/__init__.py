@@ -1,79 +1,97 @@
 """PEFT methods, the light half: configs, parameter counts and memory terms.
 
 `MethodConfig` is the union that a recipe holds; each member is tagged with its id. The tensors of method NAME are in
-`edgepeft/engine/methods/NAME.py`. What a method module of this folder offers is the `Method` protocol.
+`edgepeft/engine/methods/NAME.py`. What everybody else knows of a method is `Method`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping
+from typing import Any, get_origin, get_type_hints
 
-from edgepeft.methods import lora
-from edgepeft.methods.lora import LoraConfig
-from edgepeft.methods.terms import LayerTerms, LinearTerms
-from edgepeft.models.shape import LinearShape, ModelShape
+import msgspec
 
-MethodConfig = LoraConfig
+from edgepeft.errors import UsageError
+from edgepeft.methods.bottleneck import Bottleneck, BottleneckConfig
+from edgepeft.methods.compacter import Compacter, CompacterConfig
+from edgepeft.methods.ia3 import Ia3, Ia3Config
+from edgepeft.methods.lora import Lora, LoraConfig
+from edgepeft.methods.norm import Norm, NormConfig
+from edgepeft.methods.terms import Branch, BranchTerms, LinearTerms, Method, Trained
+from edgepeft.models.shape import ModelShape
 
+MethodConfig = LoraConfig | BottleneckConfig | CompacterConfig | Ia3Config | NormConfig
 
-class Method(Protocol):
-    """What each module of this folder offers."""
-
-    PAPER: str
-    """Where the method was published."""
-    PEFT_TYPE: str | None
-    """Its name in PEFT's adapter_config.json; None where PEFT has no such method."""
-    ADDS: str
-    """What it adds to the model, in a few words."""
-    MERGES: bool
-    """Whether its update can be folded into the base weights."""
-
-    def targeted(self, config: Any, shape: ModelShape) -> tuple[LinearShape, ...]:
-        """The linears of one decoder layer that it changes."""
-        ...
-
-    def count_parameters(self, config: Any, shape: ModelShape) -> int:
-        """Trainable entries of the whole model."""
-        ...
-
-    def linear_terms(
-        self, config: Any, linear: LinearShape, tokens: int, compute_bytes: int, *, training: bool
-    ) -> LinearTerms:
-        """What it adds to a targeted linear, for a micro-batch.
-
-        Args:
-            config: of the method.
-            linear: one of `targeted`.
-            tokens: of the micro-batch.
-            compute_bytes: of an entry in the compute dtype.
-            training: whether there is dropout.
-        """
-        ...
-
-    def shared_terms(
-        self, config: Any, linears: Sequence[LinearShape], tokens: int, compute_bytes: int, *, training: bool
-    ) -> LinearTerms | None:
-        """What it adds to several targeted linears that read the same input and are updated together.
-
-        None where each is updated by itself; then `linear_terms` holds for each.
-        """
-        ...
-
-    def layer_terms(
-        self, config: Any, shape: ModelShape, tokens: int, compute_bytes: int, *, training: bool
-    ) -> LayerTerms:
-        """What it adds to a decoder layer outside of its linears."""
-        ...
-
-
-METHODS: dict[str, Method] = {"lora": lora}
+METHODS: dict[str, Method] = {
+    "lora": Lora(LoraConfig),
+    "bottleneck": Bottleneck(BottleneckConfig),
+    "compacter": Compacter(CompacterConfig),
+    "ia3": Ia3(Ia3Config),
+    "norm": Norm(NormConfig),
+}
 """Every method by its id."""
 
 
+def id_of(config: MethodConfig) -> str:
+    """The id of the method that a config belongs to."""
+    return str(config.__struct_config__.tag)
+
+
 def method_of(config: MethodConfig) -> Method:
-    """The module that a config belongs to."""
-    return METHODS[str(config.__struct_config__.tag)]
+    """The method that a config belongs to."""
+    return METHODS[id_of(config)]
 
 
-__all__ = ["METHODS", "LayerTerms", "LinearTerms", "LoraConfig", "Method", "MethodConfig", "method_of"]
+def make_config(method: str, settings: Mapping[str, Any]) -> MethodConfig:
+    """The config of a method from what was typed; everything else has its default.
+
+    Args:
+        method: its id.
+        settings: field → value, or its text; several names in a text are divided by commas.
+
+    Raises:
+        UsageError: the method has no such field, or a value cannot be meant.
+    """
+    kind: Any = METHODS[method].config_type
+    types = get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for name, value in settings.items():
+        if name not in kind.__struct_fields__:
+            known = ", ".join(kind.__struct_fields__)
+            hint = f"It has {known}" if known else "It has no settings"
+            raise UsageError(f"the method {method} has no {name}", where=name.replace("_", "-"), hint=hint)
+        several = get_origin(types[name]) is tuple and isinstance(value, str)
+        values[name] = [part.strip() for part in value.split(",") if part.strip()] if several else value
+    try:
+        config: MethodConfig = msgspec.convert(values | {"type": method}, kind, strict=False)
+    except msgspec.ValidationError as error:
+        what, _, field = str(error).partition(" - at `$.")
+        raise UsageError(
+            what, where=f"--set {field.rstrip('`')}", hint=f"See: edgepeft methods show {method}"
+        ) from None
+    return config
+
+
+def count_parameters(config: MethodConfig, shape: ModelShape) -> int:
+    """Trainable entries of the whole model.
+
+    Raises:
+        UsageError: the config does not suit the model.
+    """
+    return method_of(config).trained(config, shape).parameters(shape.layers)
+
+
+__all__ = [
+    "METHODS",
+    "Branch",
+    "BranchTerms",
+    "LinearTerms",
+    "LoraConfig",
+    "Method",
+    "MethodConfig",
+    "Trained",
+    "count_parameters",
+    "id_of",
+    "make_config",
+    "method_of",
+]

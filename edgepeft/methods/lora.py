@@ -13,10 +13,9 @@ from collections.abc import Sequence
 import msgspec
 
 from edgepeft.errors import UsageError
-from edgepeft.methods.terms import LayerTerms, LinearTerms
+from edgepeft.methods.targets import matching
+from edgepeft.methods.terms import FLOAT32, LinearTerms, Method, Trained
 from edgepeft.models.shape import LinearShape, ModelShape
-
-FLOAT32 = 4
 
 
 class LoraConfig(msgspec.Struct, frozen=True, tag="lora", forbid_unknown_fields=True):
@@ -49,91 +48,75 @@ class LoraConfig(msgspec.Struct, frozen=True, tag="lora", forbid_unknown_fields=
         return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
 
-PAPER = "arXiv 2106.09685"
-PEFT_TYPE: str | None = "LORA"
-ADDS = "a low-rank product beside each linear layer"
-MERGES = True
+class Lora(Method):
+    """See the module."""
 
+    paper = "arXiv 2106.09685"
+    peft_type = "LORA"
+    adds = "a low-rank product beside each linear layer"
+    merges = True
 
-def targeted(config: LoraConfig, shape: ModelShape) -> tuple[LinearShape, ...]:
-    """The linears of one decoder layer that get an update.
+    def targeted(self, config: LoraConfig, shape: ModelShape) -> tuple[LinearShape, ...]:
+        """The linears of one decoder layer that get an update.
 
-    Raises:
-        UsageError: a target matches no linear, or the rank exceeds a targeted dimension.
-    """
-    chosen: list[LinearShape] = []
-    for target in config.targets:
-        matches = [
-            linear
-            for linear in shape.adaptable
-            if target == "all-linear" or linear.name == target or linear.name.endswith(f".{target}")
-        ]
-        if not matches:
-            known = ", ".join(sorted({linear.name.rsplit(".", 1)[-1] for linear in shape.adaptable}))
+        Raises:
+            UsageError: a target matches no linear, or the rank exceeds a targeted dimension.
+        """
+        chosen = matching(config.targets, shape)
+        smallest = min(min(linear.in_features, linear.out_features) for linear in chosen)
+        if config.rank > smallest:
             raise UsageError(
-                f"target {target!r} matches no linear layer of this model", where="targets", hint=f"It has: {known}"
+                f"rank {config.rank} exceeds the smallest targeted dimension {smallest}",
+                where="rank",
+                hint=f"Use at most {smallest}",
             )
-        chosen += [linear for linear in matches if linear not in chosen]
-    smallest = min(min(linear.in_features, linear.out_features) for linear in chosen)
-    if config.rank > smallest:
-        raise UsageError(
-            f"rank {config.rank} exceeds the smallest targeted dimension {smallest}",
-            where="rank",
-            hint=f"Use at most {smallest}",
+        return chosen
+
+    def trained(self, config: LoraConfig, shape: ModelShape) -> Trained:
+        """A, of r · in entries, and B, of r · out, for each targeted linear."""
+        return Trained(
+            tuple(
+                config.rank * features
+                for linear in self.targeted(config, shape)
+                for features in (linear.in_features, linear.out_features)
+            )
         )
-    return tuple(linear for linear in shape.adaptable if linear in chosen)
 
+    def linear_terms(
+        self, config: LoraConfig, linear: LinearShape, tokens: int, compute_bytes: int, *, training: bool
+    ) -> LinearTerms:
+        """x Aᵀ is kept; A, B and their fresh gradients exist in the compute dtype while they are multiplied."""
+        rank, c = config.rank, compute_bytes
+        a, b = rank * linear.in_features, rank * linear.out_features
+        inner = c * tokens * rank
+        # Where products run in float32, neither parameters nor gradients are copied.
+        low, high = (0, FLOAT32) if c == FLOAT32 else (c, c + FLOAT32)
+        mask = c * tokens * linear.in_features if training and config.dropout else 0
+        # Forward: the mask and the masked input, of which the latter stays.
+        forward = max(2 * mask - inner, mask + low * max(a, b))
+        # Backward: g B; the mask and the part of the input's gradient; the masked input and the fresh gradients.
+        backward = inner + max(low * b, 2 * mask + max(low * a, high * b, FLOAT32 * b + high * a))
+        return LinearTerms(parameters=a + b, kept_bytes=inner, forward_bytes=forward, backward_bytes=backward)
 
-def count_parameters(config: LoraConfig, shape: ModelShape) -> int:
-    """Trainable entries of the whole model: r · (in + out) for each targeted linear."""
-    per_layer = sum(config.rank * (linear.in_features + linear.out_features) for linear in targeted(config, shape))
-    return shape.layers * per_layer
-
-
-def linear_terms(
-    config: LoraConfig, linear: LinearShape, tokens: int, compute_bytes: int, *, training: bool
-) -> LinearTerms:
-    """x Aᵀ is kept; A and B exist in the compute dtype while they are multiplied, and so do their fresh gradients."""
-    rank, c = config.rank, compute_bytes
-    a, b = rank * linear.in_features, rank * linear.out_features
-    inner = c * tokens * rank
-    # Where products run in float32, neither parameters nor gradients are copied.
-    low, high = (0, FLOAT32) if c == FLOAT32 else (c, c + FLOAT32)
-    mask = c * tokens * linear.in_features if training and config.dropout else 0
-    # Forward: the mask and the masked input, of which the latter stays.
-    forward = max(2 * mask - inner, mask + low * max(a, b))
-    # Backward: g B; the mask and the update's part of the input's gradient; the masked input and the fresh gradients.
-    backward = inner + max(low * b, 2 * mask + max(low * a, high * b, FLOAT32 * b + high * a))
-    return LinearTerms(parameters=a + b, tensors=2, kept_bytes=inner, forward_bytes=forward, backward_bytes=backward)
-
-
-def shared_terms(
-    config: LoraConfig, linears: Sequence[LinearShape], tokens: int, compute_bytes: int, *, training: bool
-) -> LinearTerms | None:
-    """All A are put above each other, and so are all fresh dA, while they are multiplied; not with dropout."""
-    if training and config.dropout:
-        return None
-    rank, c = config.rank, compute_bytes
-    a, b = (rank * sum(sizes) for sizes in zip(*((x.in_features, x.out_features) for x in linears), strict=True))
-    widest, last = rank * max(linear.out_features for linear in linears), rank * linears[-1].out_features
-    inner = c * tokens * rank * len(linears)
-    low = 0 if c == FLOAT32 else c
-    # Forward: all A in the compute dtype and stacked, before x Aᵀ is there; then each B.
-    forward = max((low + c) * a - inner, c * a, low * widest)
-    # Backward: g B of one linear beside the place for all; A again; every dA and dB, and the last dB as it was formed.
-    fresh = (c + FLOAT32) * a + FLOAT32 * b + low * last
-    backward = inner + max(low * widest + c * tokens * rank, (low + c) * a, fresh)
-    return LinearTerms(
-        parameters=a + b,
-        tensors=2 * len(linears),
-        kept_bytes=inner,
-        forward_bytes=forward,
-        backward_bytes=backward,
-    )
-
-
-def layer_terms(
-    config: LoraConfig, shape: ModelShape, tokens: int, compute_bytes: int, *, training: bool
-) -> LayerTerms:
-    """Nothing: every update belongs to a linear."""
-    return LayerTerms()
+    def shared_terms(
+        self, config: LoraConfig, linears: Sequence[LinearShape], tokens: int, compute_bytes: int, *, training: bool
+    ) -> LinearTerms | None:
+        """All A are put above each other, and so are all fresh dA, while they are multiplied; not with dropout."""
+        if training and config.dropout:
+            return None
+        rank, c = config.rank, compute_bytes
+        a, b = (rank * sum(sizes) for sizes in zip(*((x.in_features, x.out_features) for x in linears), strict=True))
+        widest, last = rank * max(linear.out_features for linear in linears), rank * linears[-1].out_features
+        inner = c * tokens * rank * len(linears)
+        low = 0 if c == FLOAT32 else c
+        # Forward: all A in the compute dtype and stacked, before x Aᵀ is there; then each B.
+        forward = max((low + c) * a - inner, c * a, low * widest)
+        # Backward: g B of one linear beside the place for all; A again; every dA and dB, the last dB as it was formed.
+        fresh = (c + FLOAT32) * a + FLOAT32 * b + low * last
+        backward = inner + max(low * widest + c * tokens * rank, (low + c) * a, fresh)
+        return LinearTerms(
+            parameters=a + b,
+            kept_bytes=inner,
+            forward_bytes=forward,
+            backward_bytes=backward,
+        )

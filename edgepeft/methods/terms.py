@@ -1,8 +1,36 @@
-"""What a method adds to the memory of a training step, in its own words: per linear and per decoder layer."""
+"""What the light side knows of a PEFT method, and in which words a method tells what it adds to a training step."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
 import msgspec
+
+from edgepeft.models.shape import LinearShape, ModelShape
+
+FLOAT32 = 4
+"""Bytes of an entry of what is trained."""
+
+Branch = Literal["attention", "mlp"]
+"""The two parts of a decoder layer whose results meet the residual stream."""
+
+
+class Trained(msgspec.Struct, frozen=True):
+    """The tensors that a method trains, by their numbers of entries."""
+
+    of_layer: tuple[int, ...] = ()
+    """Those that every decoder layer has."""
+    others: tuple[int, ...] = ()
+    """Those of the whole model."""
+
+    def parameters(self, layers: int) -> int:
+        """Entries of all of them in a model of so many layers."""
+        return layers * sum(self.of_layer) + sum(self.others)
+
+    def sizes(self, layers: int) -> list[int]:
+        """Entries of each tensor of the whole model."""
+        return [*(layers * self.of_layer), *self.others]
 
 
 class LinearTerms(msgspec.Struct, frozen=True):
@@ -10,8 +38,6 @@ class LinearTerms(msgspec.Struct, frozen=True):
 
     parameters: int
     """Its trained entries; parameters, gradients and optimizer state are float32."""
-    tensors: int
-    """Among how many tensors they are."""
     kept_bytes: int = 0
     """Kept from forward to backward, beside the linear's input."""
     keeps_input: bool = True
@@ -20,18 +46,93 @@ class LinearTerms(msgspec.Struct, frozen=True):
     """The highest point of its forward, beside input, output and what is kept."""
     backward_bytes: int = 0
     """The highest point of its backward, beside input, both gradients and what was kept; fresh gradients included."""
+    rescales_output: bool = False
+    """Whether it multiplies what the linear gives, so that the frozen product sees another gradient."""
+    rescales_input: bool = False
+    """Whether it multiplies the linear's input, which is then made anew and kept beside the first one."""
 
 
-class LayerTerms(msgspec.Struct, frozen=True):
-    """What a method adds to a decoder layer outside of its linears, for one micro-batch."""
+class BranchTerms(msgspec.Struct, frozen=True):
+    """What a method puts behind attention or MLP, for one micro-batch."""
 
-    parameters: int = 0
+    parameters: int
     """Its trained entries."""
-    tensors: int = 0
-    """Among how many tensors they are."""
+    reads: Literal["input", "output"]
+    """What it looks at, and keeps for backward: the branch's input or its result."""
     kept_bytes: int = 0
-    """Kept from forward to backward."""
+    """Kept beside that."""
     forward_bytes: int = 0
-    """The highest point of its forward, beside the residual stream and what is kept."""
+    """The highest point of its forward, beside the branch's result, its own, and what is kept."""
     backward_bytes: int = 0
-    """The highest point of its backward, beside the gradient of the residual stream and what was kept."""
+    """The highest point of its backward before it forms the gradient of what it read, fresh gradients included."""
+    gradient_bytes: int = 0
+    """Held beside its fresh gradients while it forms that."""
+
+
+class Method:
+    """A PEFT method without its tensors; each module of this folder has one subclass of it."""
+
+    paper: ClassVar[str]
+    """Where it was published."""
+    peft_type: ClassVar[str | None] = None
+    """Its name in PEFT's adapter_config.json; None where PEFT has no such method."""
+    adds: ClassVar[str]
+    """What it adds to the model, in a few words."""
+    merges: ClassVar[bool]
+    """Whether its update can be folded into the base weights."""
+
+    rate: ClassVar[float] = 1.0
+    """Its usual learning rate over LoRA's."""
+
+    def __init__(self, config_type: type[msgspec.Struct]) -> None:
+        self.config_type = config_type
+        """What its configs are."""
+
+    def targeted(self, config: Any, shape: ModelShape) -> tuple[LinearShape, ...]:
+        """The linears of one decoder layer that it changes.
+
+        Raises:
+            UsageError: the config does not suit the model.
+        """
+        return ()
+
+    def trained(self, config: Any, shape: ModelShape) -> Trained:
+        """The tensors that it trains.
+
+        Raises:
+            UsageError: the config does not suit the model.
+        """
+        raise NotImplementedError
+
+    def linear_terms(
+        self, config: Any, linear: LinearShape, tokens: int, compute_bytes: int, *, training: bool
+    ) -> LinearTerms:
+        """What it adds to a targeted linear, for a micro-batch.
+
+        Args:
+            config: of the method.
+            linear: one of `targeted`.
+            tokens: of the micro-batch.
+            compute_bytes: of an entry in the compute dtype.
+            training: whether there is dropout.
+        """
+        raise NotImplementedError
+
+    def shared_terms(
+        self, config: Any, linears: Sequence[LinearShape], tokens: int, compute_bytes: int, *, training: bool
+    ) -> LinearTerms | None:
+        """What it adds to several targeted linears that read the same input and are updated together.
+
+        None where each is updated by itself; then `linear_terms` holds for each.
+        """
+        return None
+
+    def branch_terms(
+        self, config: Any, shape: ModelShape, branch: Branch, tokens: int, compute_bytes: int
+    ) -> BranchTerms | None:
+        """What it puts behind a branch of every layer; None where it is nothing."""
+        return None
+
+    def trains_gains(self, config: Any) -> bool:
+        """Whether it trains the gains of norms."""
+        return False

@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from edgepeft.chat.protocol import AdapterUse
 from edgepeft.engine.methods import detach, set_active
-from edgepeft.engine.methods.peft_files import read_adapter
+from edgepeft.engine.methods.files import read_adapter
 from edgepeft.engine.model.frozen import DTYPES
 from edgepeft.engine.model.load import LoadedModel
 from edgepeft.engine.training.loss import head_of, summed_loss

@@ -1,104 +1,92 @@
 """The tensors of each PEFT method; each file has a light twin of the same name in edgepeft.methods.
 
 An adapter is attached to a loaded model by name, stays resident, and acts when it is in the active list. Swapping
-adapters is changing that list.
+adapters is changing that list. `EngineMethod` is all that the rest of the engine knows of a method.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from edgepeft.engine.methods.lora import LoraUpdate
-from edgepeft.engine.model.linear import AdaptedLinear
+from edgepeft.engine.methods import bottleneck, compacter, ia3, lora, norm
+from edgepeft.engine.methods.adapter import PEFT_PREFIX, AttachedAdapter, Parts, Update, check_tensors
+from edgepeft.engine.methods.targets import resolve_targets
 from edgepeft.engine.model.load import LoadedModel
-from edgepeft.errors import BadInput, UsageError
-from edgepeft.library.card import ChangedParameter
+from edgepeft.errors import UsageError
 from edgepeft.methods import MethodConfig
 
-ENGINE_METHODS: dict[str, type[LoraUpdate]] = {"lora": LoraUpdate}
-"""Every method's tensors by its id; the ids are those of edgepeft.methods.METHODS."""
 
-PEFT_PREFIX = "base_model.model."
-"""What PEFT puts before every module path in its files."""
+class EngineMethod(Protocol):
+    """What each module of a method offers."""
 
-
-class AttachedAdapter:
-    """An adapter that is resident in a model: its tensors, by module."""
-
-    def __init__(self, name: str, config: MethodConfig, updates: Mapping[str, LoraUpdate]) -> None:
-        self.name = name
-        self.config = config
-        self.updates = dict(updates)
-
-    def named_parameters(self) -> dict[str, nn.Parameter]:
-        """Module path and tensor name, such as `model.layers.0.self_attn.q_proj.lora_A.weight`; float32."""
-        return {
-            f"{module}.{tensor}": parameter
-            for module, update in self.updates.items()
-            for tensor, parameter in update.named_tensors().items()
-        }
-
-    def state_dict(self) -> dict[str, Tensor]:
-        """The values of `named_parameters`, sharing their memory."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters().items()}
-
-    def load_state_dict(self, values: Mapping[str, Tensor]) -> None:
-        """Copies values of the same names and shapes into the parameters.
+    def build(self, loaded: LoadedModel, config: Any, seed: int) -> Parts:
+        """A fresh adapter's updates; training starts from the base.
 
         Raises:
-            BadInput: a tensor is missing, unknown, of another shape, or not finite; nothing is changed then.
+            UsageError: the config does not suit this model.
         """
-        own = self.named_parameters()
-        check_tensors(values, {name: tuple(parameter.shape) for name, parameter in own.items()})
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(values[name])
+        ...
 
-    def changed(self) -> list[ChangedParameter]:
-        """Every parameter that this adapter adds, by its key in adapter_model.safetensors."""
-        return [
-            ChangedParameter(name=PEFT_PREFIX + name, shape=tuple(parameter.shape))
-            for name, parameter in self.named_parameters().items()
-        ]
+    def settings_of(self, adapter: AttachedAdapter) -> dict[str, Any]:
+        """What goes into adapter_config.json beside the base's name."""
+        ...
+
+    def restore(
+        self, loaded: LoadedModel, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
+    ) -> tuple[MethodConfig, Parts]:
+        """An adapter from its file.
+
+        Args:
+            loaded: the base.
+            settings: adapter_config.json.
+            tensors: of the file, by their keys.
+            folder: where it was read, for messages.
+
+        Raises:
+            BadInput: a setting cannot be meant; a tensor is missing, unknown, misshaped or not finite.
+        """
+        ...
+
+
+ENGINE_METHODS: dict[str, EngineMethod] = {
+    "lora": lora,
+    "bottleneck": bottleneck,
+    "compacter": compacter,
+    "ia3": ia3,
+    "norm": norm,
+}
+"""Every method's tensors by its id; the ids are those of edgepeft.methods.METHODS."""
+
+
+def engine_method_of(config: MethodConfig) -> EngineMethod:
+    """The module that a config belongs to."""
+    return ENGINE_METHODS[str(config.__struct_config__.tag)]
 
 
 def attach(loaded: LoadedModel, name: str, config: MethodConfig, seed: int) -> AttachedAdapter:
     """Makes a fresh adapter on `loaded`; it acts once `set_active` names it.
 
     Raises:
-        UsageError: an adapter of this name is there already, a target matches no linear layer, or the rank exceeds a
-            targeted dimension.
+        UsageError: an adapter of this name is there already, or the config does not suit the model.
     """
-    linears = loaded.linears()
-    kind = ENGINE_METHODS[str(config.__struct_config__.tag)]
-    updates: dict[str, LoraUpdate] = {}
-    adaptable = {path: linear for path, linear in linears.items() if min(linear.weight_source.shape) > 1}
-    for path in resolve_targets(config.targets, adaptable):
-        shape = linears[path].weight_source.shape
-        if config.rank > min(shape):
-            raise UsageError(
-                f"rank {config.rank} exceeds the smaller dimension {min(shape)} of {path}",
-                where="rank",
-                hint=f"Use at most {min(shape)}",
-            )
-        updates[path] = kind.initialised(config, shape, path, seed, loaded.device)
-    return place(loaded, AttachedAdapter(name, config, updates))
+    return place(loaded, AttachedAdapter(name, config, engine_method_of(config).build(loaded, config, seed)))
 
 
 def place(loaded: LoadedModel, adapter: AttachedAdapter) -> AttachedAdapter:
-    """Puts an adapter's updates onto the linears that it names.
+    """Puts an adapter's updates onto the sites that it names.
 
     Raises:
         UsageError: an adapter of this name is resident already.
     """
-    linears = loaded.linears()
-    if any(adapter.name in linear.adapters for linear in linears.values()):
+    sites = loaded.sites()
+    if any(adapter.name in site.adapters for site in sites.values()):
         raise UsageError(f"an adapter named {adapter.name!r} is attached already", hint="Detach it first")
     for path, update in adapter.updates.items():
-        linears[path].adapters[adapter.name] = update
+        sites[path].adapters[adapter.name] = update
     return adapter
 
 
@@ -108,8 +96,8 @@ def set_active(loaded: LoadedModel, active: Sequence[tuple[str, float]]) -> None
     Raises:
         UsageError: a name is not resident, or stands in the list twice.
     """
-    linears = loaded.linears()
-    resident = {name for linear in linears.values() for name in linear.adapters}
+    sites = loaded.sites()
+    resident = {name for site in sites.values() for name in site.adapters}
     names = [name for name, _ in active]
     for name in names:
         if name not in resident:
@@ -117,9 +105,9 @@ def set_active(loaded: LoadedModel, active: Sequence[tuple[str, float]]) -> None
             raise UsageError(f"no adapter named {name!r} is attached", hint=f"Attached: {known}")
         if names.count(name) > 1:
             raise UsageError(f"adapter {name!r} is named twice", hint="Add up its strengths")
-    for linear in linears.values():
+    for site in sites.values():
         # A strength of 0 is left out: the base's own values come back to the bit.
-        linear.active = [(name, scale) for name, scale in active if name in linear.adapters and scale != 0]
+        site.activate([(name, scale) for name, scale in active if name in site.adapters and scale != 0])
 
 
 def detach(loaded: LoadedModel, name: str) -> None:
@@ -129,62 +117,26 @@ def detach(loaded: LoadedModel, name: str) -> None:
         UsageError: no adapter of this name is resident.
     """
     found = False
-    for linear in loaded.linears().values():
-        found |= linear.adapters.pop(name, None) is not None
-        linear.active = [use for use in linear.active if use[0] != name]
+    for site in loaded.sites().values():
+        if name in site.adapters:
+            found = True
+            site.activate([use for use in site.active if use[0] != name])
+            del site.adapters[name]
     if not found:
         raise UsageError(f"no adapter named {name!r} is attached")
-
-
-def resolve_targets(targets: Sequence[str], linears: Mapping[str, AdaptedLinear]) -> list[str]:
-    """The module paths that targets stand for, in the model's order.
-
-    `all-linear` stands for every linear of every decoder layer; anything else is a module path or its ending.
-
-    Raises:
-        UsageError: a target matches nothing.
-    """
-    chosen: set[str] = set()
-    for target in targets:
-        matches = {path for path in linears if target == "all-linear" or path == target or path.endswith(f".{target}")}
-        if not matches:
-            known = ", ".join(sorted({path.rsplit(".", 1)[-1] for path in linears}))
-            raise UsageError(
-                f"target {target!r} matches no linear layer of this model", where="targets", hint=f"It has: {known}"
-            )
-        chosen |= matches
-    return [path for path in linears if path in chosen]
-
-
-def check_tensors(values: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], *, where: str = "") -> None:
-    """Checks that `values` has exactly the expected names and shapes, all entries finite.
-
-    Raises:
-        BadInput: naming the first tensor that is wrong.
-    """
-    hint = "It belongs to another base model or was damaged"
-    for name, shape in expected.items():
-        value = values.get(name)
-        if value is None:
-            raise BadInput(f"tensor {name} is missing", where=where, hint=hint)
-        if tuple(value.shape) != shape:
-            found = "×".join(map(str, value.shape))
-            wanted = "×".join(map(str, shape))
-            raise BadInput(f"tensor {name} is {found}, this model needs {wanted}", where=where, hint=hint)
-        if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
-            raise BadInput(f"tensor {name} holds values that are not finite numbers", where=where, hint="Train it anew")
-    for name in values:
-        if name not in expected:
-            raise BadInput(f"tensor {name} fits no layer of this model", where=where, hint=hint)
 
 
 __all__ = [
     "ENGINE_METHODS",
     "PEFT_PREFIX",
     "AttachedAdapter",
+    "EngineMethod",
+    "Parts",
+    "Update",
     "attach",
     "check_tensors",
     "detach",
+    "engine_method_of",
     "place",
     "resolve_targets",
     "set_active",

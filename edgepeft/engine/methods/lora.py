@@ -6,16 +6,57 @@ compute dtype, always through the small rank first.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from edgepeft.engine.methods.adapter import Parts
 from edgepeft.engine.methods.dropout import PackedSamples, current_samples
+from edgepeft.engine.methods.lora_files import read_modules, settings_of
+from edgepeft.engine.methods.seeds import generator_of
+from edgepeft.engine.methods.targets import adaptable, resolve_targets
 from edgepeft.engine.model.linear import Use
+from edgepeft.engine.model.load import LoadedModel
+from edgepeft.errors import UsageError
 from edgepeft.methods.lora import LoraConfig
+
+__all__ = ["LoraUpdate", "build", "restore", "settings_of"]
+
+
+def build(loaded: LoadedModel, config: LoraConfig, seed: int) -> Parts:
+    """See `EngineMethod`.
+
+    Raises:
+        UsageError: a target matches no linear layer, or the rank exceeds a targeted dimension.
+    """
+    linears = loaded.linears()
+    updates: dict[str, LoraUpdate] = {}
+    for path in resolve_targets(config.targets, adaptable(linears)):
+        shape = linears[path].weight_source.shape
+        if config.rank > min(shape):
+            raise UsageError(
+                f"rank {config.rank} exceeds the smaller dimension {min(shape)} of {path}",
+                where="rank",
+                hint=f"Use at most {min(shape)}",
+            )
+        updates[path] = LoraUpdate.initialised(config, shape, path, seed, loaded.device)
+    return Parts(updates)
+
+
+def restore(
+    loaded: LoadedModel, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
+) -> tuple[LoraConfig, Parts]:
+    """See `EngineMethod`."""
+    config, modules = read_modules(settings, tensors, loaded.linears(), folder)
+    updates = {}
+    for path, module in modules.items():
+        A, B = (nn.Parameter(x.to(loaded.device, torch.float32, copy=True)) for x in (module.A, module.B))
+        updates[path] = LoraUpdate(A, B, module.factor, path, config.dropout)
+    return config, Parts(updates)
 
 
 class LoraUpdate:
@@ -23,6 +64,9 @@ class LoraUpdate:
 
     `factor` is the trained scale s of this module; dropout acts on the update's input as in PEFT.
     """
+
+    rescales_output = rescales_input = False
+    keeps_input = True
 
     def __init__(self, A: nn.Parameter, B: nn.Parameter, factor: float, module: str, dropout: float = 0.0) -> None:
         self.A = A
@@ -40,10 +84,8 @@ class LoraUpdate:
         The draw depends on the seed and the module's name alone, not on the order in which modules are visited.
         """
         out_features, in_features = shape
-        digest = hashlib.blake2b(f"{seed}\x1f{module}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
         A = torch.empty(config.rank, in_features)
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator_of(seed, module))
         B = torch.zeros(out_features, config.rank)
         return cls(nn.Parameter(A.to(device)), nn.Parameter(B.to(device)), config.scale, module, config.dropout)
 
@@ -63,6 +105,14 @@ class LoraUpdate:
         inner = x @ self.A.to(x.dtype).t()
         y.addmm_(inner, self.B.to(x.dtype).t(), alpha=self.factor * scale)
         return (inner,)
+
+    def change_gradient(self, g: Tensor, scale: float) -> Tensor:
+        """g: what is added changes nothing of what it is added to."""
+        return g
+
+    def rescale_input(self, x: Tensor, scale: float) -> Tensor:
+        """x."""
+        return x
 
     def add_backward(
         self, x: Tensor | None, g: Tensor, grad_x: Tensor | None, scale: float, kept: tuple[Tensor, ...]

@@ -89,10 +89,11 @@ def _activation(module: Any) -> Activation | None:
     return None
 
 
-def _norm(module: Any, style: NormStyle, x: Tensor) -> Tensor:
+def _norm(module: Any, style: NormStyle, x: Tensor, weight: Tensor | None = None) -> Tensor:
+    """The norm with its own weight, or with another one in float32, which then gets a gradient."""
     epsilon = module.eps if hasattr(module, "eps") else module.variance_epsilon
     apply: Any = _RmsNorm.apply
-    out: Tensor = apply(x, module.weight, epsilon, style)
+    out: Tensor = apply(x, module.weight if weight is None else weight, epsilon, style)
     return out
 
 
@@ -120,13 +121,13 @@ def _parts(x: Tensor) -> Iterator[Callable[[Tensor], Tensor]]:
 
 
 class _RmsNorm(torch.autograd.Function):
-    """x / √(mean(x²) + ε) times a frozen gain, over the last dimension; keeps x and the root's inverse of each row."""
+    """x / √(mean(x²) + ε) times a gain, over the last dimension; keeps x and the root's inverse of each row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float, style: NormStyle) -> Tensor:
         out = torch.empty_like(x)
         root = torch.empty((*x.shape[:-1], 1), dtype=torch.float32, device=x.device)
-        gain = _gain(weight, style)
+        gain = _gain(weight, style, x.dtype)
         for part in _parts(x):
             wide = part(x).float()
             scale = part(root).copy_(wide.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_())
@@ -143,21 +144,28 @@ class _RmsNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, root, weight = ctx.saved_tensors
-        gain = _gain(weight, ctx.style)
-        grad = torch.empty_like(x)
+        gain = _gain(weight, ctx.style, x.dtype)
+        grad = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         for part in _parts(x):
             scaled = part(x).float() * part(root)
             # In float32, as the sum over the row is.
-            through = part(g).float() * gain
+            through = part(g).float()
+            if grad_weight is not None:
+                grad_weight += (through * scaled).flatten(0, -2).sum(0)
+            if grad is None:
+                continue
+            through = through * gain
             along = (through * scaled).mean(-1, keepdim=True)
             part(grad).copy_(through.sub_(scaled.mul_(along)).mul_(part(root)))
             del scaled, through, along
-        return grad, None, None, None
+        return grad, grad_weight, None, None
 
 
-def _gain(weight: Tensor, style: NormStyle) -> Tensor:
+def _gain(weight: Tensor, style: NormStyle, dtype: torch.dtype) -> Tensor:
+    """What normalised rows are multiplied with: in the rows' dtype where they were rounded to it, else in float32."""
     if style.gain == "cast, then gain":
-        return weight
+        return weight.to(dtype)
     return weight.float() + style.offset
 
 

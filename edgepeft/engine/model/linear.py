@@ -28,6 +28,13 @@ class LinearUpdate(Protocol):
     recorded by autograd.
     """
 
+    rescales_output: bool
+    """Whether it multiplies what is in y already; what came before it then sees another gradient."""
+    rescales_input: bool
+    """Whether it multiplies the input of the linear, and does nothing else."""
+    keeps_input: bool
+    """Whether its gradients need the linear's input."""
+
     def tensors(self) -> tuple[Tensor, ...]:
         """The trainable tensors, float32."""
         ...
@@ -36,11 +43,20 @@ class LinearUpdate(Protocol):
         """Adds the update for x [tokens, in] to y [tokens, out] in place; returns what to keep for backward."""
         ...
 
+    def change_gradient(self, g: Tensor, scale: float) -> Tensor:
+        """The gradient of what was in y before, for g [tokens, out] of what is in it after; a new tensor where it
+        differs."""
+        ...
+
+    def rescale_input(self, x: Tensor, scale: float) -> Tensor:
+        """What the linear is given in place of x [..., in]; called outside of the function, recorded by autograd."""
+        ...
+
     def add_backward(self, x: Tensor | None, g: Tensor, grad_x: Tensor | None, scale: float, kept: Kept) -> Gradients:
         """Adds the update's part to `grad_x` [tokens, in] in place, where there is one.
 
-        Returns the gradients of `tensors()`, in their order, for g [tokens, out]; x is None, and so are they, when no
-        tensor is trained.
+        Returns the gradients of `tensors()`, in their order, for g [tokens, out]. x is None where no tensor is
+        trained, and where no update keeps it.
         """
         ...
 
@@ -117,11 +133,28 @@ class AdaptedLinear(nn.Module):
         """[..., in] to [..., out], in x's dtype."""
         if self.shares_input is not None:
             return self.shares_input.product(self, x)
-        return _product(x, [self], skip=self.ends_layer and _recomputing)[0]
+        return self.alone(x, skip=self.ends_layer and _recomputing)
+
+    def alone(self, x: Tensor, *, skip: bool = False) -> Tensor:
+        """The same, computed by itself; with `skip`, only what backward needs."""
+        for name, scale in self.active:
+            if self.adapters[name].rescales_input:
+                x = self.adapters[name].rescale_input(x, scale)
+        return _product(x, [self], skip=skip)[0]
+
+    @property
+    def rescales_input(self) -> bool:
+        """Whether it sees another input than it is given."""
+        return any(self.adapters[name].rescales_input for name, _ in self.active)
+
+    def activate(self, active: Sequence[tuple[str, float]]) -> None:
+        """Lets exactly these of its updates act, in this order, each with its strength."""
+        self.active = list(active)
 
     def part(self) -> _Part:
         """What computes its product now."""
-        return _Part(self.weight_source, self.bias, [Use(self.adapters[name], scale) for name, scale in self.active])
+        uses = [Use(self.adapters[name], scale) for name, scale in self.active]
+        return _Part(self.weight_source, self.bias, [use for use in uses if not use.update.rescales_input])
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
@@ -144,6 +177,8 @@ class SharedInput:
 
     def product(self, linear: AdaptedLinear, x: Tensor) -> Tensor:
         """What `linear` makes of x."""
+        if any(member.rescales_input for member in self._members):
+            return linear.alone(x)
         if linear is self._members[0]:
             self.forget()
             results = _product(x, self._members)
@@ -152,7 +187,7 @@ class SharedInput:
         found = self._waiting.pop(id(linear), None) if self._input is x else None
         if not self._waiting:
             self._input = None
-        return _product(x, [linear])[0] if found is None else found
+        return linear.alone(x) if found is None else found
 
     def forget(self) -> None:
         """Drops results that were not asked for: those of a forward that was left in the middle."""
@@ -171,7 +206,8 @@ class _AdaptedProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, parts: Sequence[_Part], skip: bool, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ys = tuple(_frozen_product(x, part, skip=skip) for part in parts)
+        # What multiplies a result has to see it again.
+        ys = tuple(_frozen_product(x, part, skip=skip and not _rescales(part)) for part in parts)
         kept: list[Tensor] = []
         counts: list[int] = []
         shared = _shared(parts)
@@ -188,9 +224,11 @@ class _AdaptedProduct(torch.autograd.Function):
         ctx.parts = parts
         ctx.shared = shared
         ctx.counts = counts
-        ctx.trains = any(ctx.needs_input_grad[3:])
+        ctx.keeps_x = any(ctx.needs_input_grad[3:]) and any(
+            use.update.keeps_input for part in parts for use in part.uses
+        )
         # The trainable tensors are saved too, so that autograd notices when one changes before backward.
-        ctx.save_for_backward(*([x] if ctx.trains else []), *kept, *tensors)
+        ctx.save_for_backward(*([x] if ctx.keeps_x else []), *kept, *tensors)
         ctx.kept = len(kept)
         return ys
 
@@ -198,28 +236,44 @@ class _AdaptedProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *gs: Tensor) -> tuple[Any, ...]:
         saved = list(ctx.saved_tensors)
-        x = saved.pop(0) if ctx.trains else None
+        x = saved.pop(0) if ctx.keeps_x else None
         kept = saved[: ctx.kept]
         del saved
         g_rows = [g.reshape(-1, g.shape[-1]) for g in gs]
+        # For each update the gradient of y as it left it, and for the frozen product that of y as it came.
+        g_uses = [_gradients_of_uses(part, rows) for part, rows in zip(ctx.parts, g_rows, strict=True)]
         grad_x = grad_rows = None
         if ctx.needs_input_grad[0]:
-            first, *others = ctx.parts
-            grad_x = first.weight.matmul_transposed(gs[0])
+            (first, *others), (g_first, *g_others) = ctx.parts, [of_part[-1] for of_part in g_uses]
+            grad_x = first.weight.matmul_transposed(g_first.view_as(gs[0]))
             grad_rows = grad_x.view(-1, grad_x.shape[-1])
-            for part, rows in zip(others, g_rows[1:], strict=True):
+            for part, rows in zip(others, g_others, strict=True):
                 part.weight.add_matmul_transposed(rows, grad_rows)
+            del g_first, g_others
         x_rows = None if x is None else x.reshape(-1, x.shape[-1])
         if ctx.shared is not None:
             return grad_x, None, None, *ctx.shared.add_backward(x_rows, g_rows, grad_rows, tuple(kept))
         grads: list[Tensor | None] = []
         counts = iter(ctx.counts)
-        for part, rows in zip(ctx.parts, g_rows, strict=True):
-            for use in part.uses:
+        for part, of_uses in zip(ctx.parts, g_uses, strict=True):
+            for use, rows in zip(part.uses, of_uses, strict=False):
                 count = next(counts)
                 own, kept = tuple(kept[:count]), kept[count:]
                 grads += use.update.add_backward(x_rows, rows, grad_rows, use.scale, own)
         return grad_x, None, None, *grads
+
+
+def _rescales(part: _Part) -> bool:
+    return any(use.update.rescales_output for use in part.uses)
+
+
+def _gradients_of_uses(part: _Part, g: Tensor) -> list[Tensor]:
+    """The gradients of y [tokens, out] behind each update, and of the frozen product; the same tensor where they are
+    alike."""
+    found = [g]
+    for use in reversed(part.uses):
+        found.append(use.update.change_gradient(found[-1], use.scale) if use.update.rescales_output else found[-1])
+    return [*reversed(found[:-1]), found[-1]]
 
 
 _apply: Callable[..., tuple[Tensor, ...]] = _AdaptedProduct.apply

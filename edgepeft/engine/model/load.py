@@ -25,6 +25,7 @@ from edgepeft.engine.model.copy_writer import CopyWriter, start_copy
 from edgepeft.engine.model.frozen import DTYPES, DenseWeight, FrozenWeight, Workspace, freeze
 from edgepeft.engine.model.fused import fuse
 from edgepeft.engine.model.linear import AdaptedLinear
+from edgepeft.engine.model.sites import AdaptedNorm, Branch, Site, find_branches, find_norms
 from edgepeft.errors import BadInput
 from edgepeft.memory.breakdown import Category
 from edgepeft.models.quantized_copy import CopyUnusableError
@@ -67,6 +68,8 @@ class LoadedModel:
         """The inner model; it returns hidden states after the final norm."""
         self.layers = decoder_layers(self.decoder)
         self._linears = {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+        self._branches = find_branches(model, self.layers)
+        self._norms = find_norms(model, self.decoder)
 
     @property
     def head_weight(self) -> Tensor | None:
@@ -77,6 +80,18 @@ class LoadedModel:
     def linears(self) -> dict[str, AdaptedLinear]:
         """Every linear of the decoder layers by module path, in the model's order."""
         return dict(self._linears)
+
+    def branches(self) -> dict[str, Branch]:
+        """Attention and MLP of every decoder layer by module path, in the model's order."""
+        return dict(self._branches)
+
+    def norms(self) -> dict[str, AdaptedNorm]:
+        """Every norm of the decoder by module path, in the model's order."""
+        return dict(self._norms)
+
+    def sites(self) -> dict[str, Site]:
+        """Everything that adapters can be put on, by module path."""
+        return {**self._linears, **self._branches, **self._norms}
 
     def forget_unfinished(self) -> None:
         """Drops what a forward that was left in the middle, such as by a lack of memory, has computed ahead."""

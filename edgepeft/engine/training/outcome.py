@@ -13,13 +13,13 @@ import torch
 from edgepeft.data.prepare import load_template
 from edgepeft.data.tokens import Tokenizer
 from edgepeft.engine.heap import trim_heap
-from edgepeft.engine.methods.peft_files import WEIGHTS_FILE, save_adapter
+from edgepeft.engine.methods.files import save_adapter
 from edgepeft.engine.training.checkpoints import RunPosition
 from edgepeft.engine.training.device import device_name, package_versions
 from edgepeft.engine.training.ending import Kept, complaint_about, keep_state
 from edgepeft.errors import EdgepeftError
 from edgepeft.library.card import Card, TemplateRecord
-from edgepeft.library.store import list_adapters, next_version, publish, read_card, write_card
+from edgepeft.library.store import WEIGHTS_FILE, list_adapters, next_version, publish, read_card, write_card
 from edgepeft.memory.calibration import observe, observed
 from edgepeft.models.store import ModelEntry
 from edgepeft.plan.train_plan import TrainPlan

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 
 from edgepeft.engine.methods import AttachedAdapter
-from edgepeft.engine.methods.peft_files import WEIGHTS_FILE, read_values
+from edgepeft.engine.methods.files import read_values
 from edgepeft.engine.model.load import LoadedModel
 from edgepeft.errors import BadInput
+from edgepeft.library.store import WEIGHTS_FILE
 from edgepeft.runs.layout import RunFolder
 from edgepeft.spec import Recipe
 

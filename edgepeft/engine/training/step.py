@@ -78,12 +78,9 @@ class StepRunner:
         self._checkpointing: Checkpointing = "none"
         set_checkpointing(loaded.layers, self._checkpointing)
         use_packed_attention(loaded.model)
-        self._trained = [
-            tensor
-            for linear in loaded.linears().values()
-            for update in linear.adapters.values()
-            for tensor in update.tensors()
-        ]
+        # What several updates share is one tensor.
+        tensors = [x for site in loaded.sites().values() for update in site.adapters.values() for x in update.tensors()]
+        self._trained = list({id(tensor): tensor for tensor in tensors}.values())
         for tensor in self._trained:
             tensor.register_post_accumulate_grad_hook(_name_gradient)
 

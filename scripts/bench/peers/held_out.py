@@ -13,7 +13,7 @@ def held_out_loss(task: Task, adapter: Path) -> float:
     import torch
 
     from edgepeft.engine.methods import set_active
-    from edgepeft.engine.methods.peft_files import read_adapter
+    from edgepeft.engine.methods.files import read_adapter
     from edgepeft.engine.model.load import load_model
     from edgepeft.engine.training.batches import Sample
     from edgepeft.engine.training.memory import MemoryGauge

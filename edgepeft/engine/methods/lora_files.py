@@ -1,67 +1,47 @@
-"""Adapters as PEFT keeps them: adapter_config.json beside adapter_model.safetensors.
+"""LoRA as PEFT keeps it: what adapter_config.json says, and the pairs of A and B in the file.
 
-What is written here loads in PEFT, and what PEFT wrote loads here. Nothing pickled is ever read. The format has no
-specification; it is what `peft.PeftModel.save_pretrained` writes.
+The format has no specification; it is what `peft.PeftModel.save_pretrained` writes.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 
-from edgepeft.engine.methods import PEFT_PREFIX, AttachedAdapter, check_tensors, place
-from edgepeft.engine.methods.lora import LoraUpdate
+from edgepeft.engine.methods.adapter import AttachedAdapter, check_tensors, from_layers
 from edgepeft.engine.model.linear import AdaptedLinear
-from edgepeft.engine.model.load import LoadedModel
 from edgepeft.errors import BadInput, UsageError
-from edgepeft.library.peft_config import check_supported
-from edgepeft.methods import LoraConfig
-from edgepeft.paths import write_atomic
-
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-PICKLED_FILE = "adapter_model.bin"
+from edgepeft.library.store import CONFIG_FILE, WEIGHTS_FILE
+from edgepeft.methods.lora import LoraConfig
 
 
-def save_adapter(folder: Path, adapter: AttachedAdapter, base_name: str) -> None:
-    """Writes both files into `folder`, each whole or not at all; tensors are float32.
+class LoraModule(NamedTuple):
+    """The update of one linear, as a file has it."""
 
-    Args:
-        folder: made if it is not there.
-        adapter: what to save.
-        base_name: goes into the config as `base_model_name_or_path`.
-
-    Raises:
-        DiskProblem: no space, or no permission.
-    """
-    tensors = {PEFT_PREFIX + name: value.float().cpu().contiguous() for name, value in adapter.state_dict().items()}
-    # The weights go first: a folder with a config is a folder that can be read.
-    write_atomic(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
-    write_atomic(folder / CONFIG_FILE, json.dumps(peft_config(adapter, base_name), indent=2, sort_keys=True) + "\n")
+    A: Tensor
+    """[rank, in]."""
+    B: Tensor
+    """[out, rank]."""
+    factor: float
+    """What their product is multiplied with."""
 
 
-def peft_config(adapter: AttachedAdapter, base_name: str) -> dict[str, Any]:
-    """The adapter's adapter_config.json."""
-    config = adapter.config
-    ranks = {module: update.A.shape[0] for module, update in adapter.updates.items()}
+def settings_of(adapter: AttachedAdapter) -> dict[str, Any]:
+    """The adapter's adapter_config.json, as far as it concerns the method."""
+    config: Any = adapter.config
+    updates: Mapping[str, Any] = adapter.updates
+    ranks = {module: update.A.shape[0] for module, update in updates.items()}
     alphas = {
         module: update.factor * (math.sqrt(ranks[module]) if config.rank_stabilised else ranks[module])
-        for module, update in adapter.updates.items()
+        for module, update in updates.items()
     }
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "inference_mode": True,
         "r": config.rank,
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
@@ -80,92 +60,40 @@ def peft_config(adapter: AttachedAdapter, base_name: str) -> dict[str, Any]:
     }
 
 
-def read_adapter(folder: Path, loaded: LoadedModel, name: str) -> AttachedAdapter:
-    """Reads an adapter, our own or PEFT's, and attaches it to `loaded` under `name`; it acts once it is set active.
+def read_modules(
+    settings: Mapping[str, Any], tensors: Mapping[str, Tensor], linears: Mapping[str, AdaptedLinear], folder: Path
+) -> tuple[LoraConfig, dict[str, LoraModule]]:
+    """The config, and A and B by the module of this model, in its order.
 
     Raises:
-        BadInput: a file is missing, damaged or pickled; the adapter is of a kind that is not supported; a tensor is
-            missing, unknown to this model, misshaped or not finite. Nothing is attached then.
-        UsageError: an adapter of this name is attached already.
+        BadInput: a setting cannot be meant; a tensor is missing, unknown to this model, misshaped or not finite.
     """
-    settings = _read_config(folder / CONFIG_FILE)
-    linears = loaded.linears()
-    modules = _by_module(_read_tensors(folder), linears, str(folder / WEIGHTS_FILE))
+    modules = _by_module(tensors, linears, str(folder / WEIGHTS_FILE))
     config = _lora_config(settings, modules, str(folder / CONFIG_FILE))
     _check_patterns(settings, str(folder / CONFIG_FILE))
     _check_targets(settings, modules, linears, folder)
-    updates: dict[str, LoraUpdate] = {}
+    found: dict[str, LoraModule] = {}
     for path in (path for path in linears if path in modules):
-        tensors = modules[path]
         rank = int(_by_pattern(settings.get("rank_pattern"), path, config.rank))
         alpha = float(_by_pattern(settings.get("alpha_pattern"), path, config.alpha))
         out_features, in_features = linears[path].weight_source.shape
         expected = {f"{path}.lora_A.weight": (rank, in_features), f"{path}.lora_B.weight": (out_features, rank)}
-        check_tensors(
-            {f"{path}.{tensor}": value for tensor, value in tensors.items()},
-            expected,
-            where=str(folder / WEIGHTS_FILE),
-        )
-        A, B = (
-            nn.Parameter(tensors[tensor].to(loaded.device, torch.float32, copy=True))
-            for tensor in ("lora_A.weight", "lora_B.weight")
-        )
+        named = {f"{path}.{tensor}": value for tensor, value in modules[path].items()}
+        check_tensors(named, expected, where=str(folder / WEIGHTS_FILE))
         factor = alpha / (math.sqrt(rank) if config.rank_stabilised else rank)
-        updates[path] = LoraUpdate(A, B, factor, path, config.dropout)
-    return place(loaded, AttachedAdapter(name, config, updates))
-
-
-def read_values(folder: Path, loaded: LoadedModel) -> dict[str, Tensor]:
-    """The tensors of an adapter folder under the names of `AttachedAdapter.named_parameters`; nothing is attached.
-
-    Raises:
-        BadInput: the weights are missing or damaged, or a tensor fits no layer of this model.
-    """
-    modules = _by_module(_read_tensors(folder), loaded.linears(), str(folder / WEIGHTS_FILE))
-    return {f"{path}.{name}": value for path, tensors in modules.items() for name, value in tensors.items()}
+        found[path] = LoraModule(modules[path]["lora_A.weight"], modules[path]["lora_B.weight"], factor)
+    return config, found
 
 
 def _target_modules(adapter: AttachedAdapter) -> list[str]:
     """PEFT's `all-linear` reaches further than ours, so what it stands for is written out."""
-    if "all-linear" not in adapter.config.targets:
-        return sorted(adapter.config.targets)
+    config: Any = adapter.config
+    if "all-linear" not in config.targets:
+        return sorted(config.targets)
     if any("language_model" in module for module in adapter.updates):
         # An ending would also match the vision tower's layers.
         return sorted(adapter.updates)
     return sorted({module.rsplit(".", 1)[-1] for module in adapter.updates})
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        hint = "Give the folder that holds adapter_config.json"
-        raise BadInput("no adapter is here", where=str(path.parent), hint=hint) from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise BadInput("cannot be read as JSON", where=str(path), hint="Save the adapter anew") from error
-    if not isinstance(settings, dict):
-        raise BadInput("is no JSON object", where=str(path), hint="Save the adapter anew")
-    check_supported(settings, str(path))
-    return settings
-
-
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    path = folder / WEIGHTS_FILE
-    if not path.is_file():
-        if (folder / PICKLED_FILE).is_file():
-            raise BadInput(
-                f"only {PICKLED_FILE} is here, a pickle that could run any code",
-                where=str(folder),
-                hint=f"Load it in PEFT where you trust it and save it again as {WEIGHTS_FILE}",
-            )
-        raise BadInput(f"{WEIGHTS_FILE} is missing", where=str(folder), hint="Copy the whole adapter folder")
-    try:
-        tensors: dict[str, Tensor] = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise BadInput("the file is damaged or cut short", where=str(path), hint="Copy it anew") from error
-    if not tensors:
-        raise BadInput("the file holds no tensors", where=str(path), hint="Save the adapter anew")
-    return tensors
 
 
 def _by_module(
@@ -173,22 +101,17 @@ def _by_module(
 ) -> dict[str, dict[str, Tensor]]:
     """The file's tensors by the module of this model that they belong to, then by name."""
     # The language tower of a vision-language model lies under another prefix than the same model by itself.
-    by_ending = {_from_layers(path): path for path in linears}
+    by_ending = {from_layers(path): path for path in linears}
     found: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.(lora_[AB])(?:\.default)?\.weight", key)
         module = match.group(1) if match else ""
-        path = module if module in linears else by_ending.get(_from_layers(module))
+        path = module if module in linears else by_ending.get(from_layers(module))
         if match is None or path is None:
             hint = "The adapter belongs to another base model, or changes more than linear layers"
             raise BadInput(f"tensor {key} fits no layer of this model", where=where, hint=hint)
         found.setdefault(path, {})[f"{match.group(2)}.weight"] = value
     return found
-
-
-def _from_layers(path: str) -> str:
-    _, mark, rest = path.partition("layers.")
-    return mark + rest if mark else path
 
 
 def _lora_config(settings: Mapping[str, Any], modules: Iterable[str], where: str) -> LoraConfig:

@@ -1,0 +1,106 @@
+"""An adapter that is resident in a model, whatever its method: its updates by site, and its tensors by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from edgepeft.errors import BadInput
+from edgepeft.library.card import ChangedParameter
+from edgepeft.methods import MethodConfig
+
+PEFT_PREFIX = "base_model.model."
+"""What PEFT puts before every module path in its files."""
+
+
+class Update(Protocol):
+    """What an adapter does at one site."""
+
+    def named_tensors(self) -> Mapping[str, nn.Parameter]:
+        """Its own trainable tensors, float32, by the end of their names in a file."""
+        ...
+
+
+class Parts(NamedTuple):
+    """What a method makes for a model."""
+
+    updates: Mapping[str, Update]
+    """By the name of the site, in the model's order."""
+    shared: Mapping[str, nn.Parameter] = {}
+    """Trainable tensors that several updates use, by their whole names."""
+
+
+class AttachedAdapter:
+    """An adapter that is resident in a model."""
+
+    def __init__(self, name: str, config: MethodConfig, parts: Parts) -> None:
+        self.name = name
+        self.config = config
+        self.updates = dict(parts.updates)
+        self.shared = dict(parts.shared)
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Site and tensor name, such as `model.layers.0.self_attn.q_proj.lora_A.weight`; float32."""
+        own = {
+            f"{site}.{tensor}": parameter
+            for site, update in self.updates.items()
+            for tensor, parameter in update.named_tensors().items()
+        }
+        return own | self.shared
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The values of `named_parameters`, sharing their memory."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters().items()}
+
+    def load_state_dict(self, values: Mapping[str, Tensor]) -> None:
+        """Copies values of the same names and shapes into the parameters.
+
+        Raises:
+            BadInput: a tensor is missing, unknown, of another shape, or not finite; nothing is changed then.
+        """
+        own = self.named_parameters()
+        check_tensors(values, {name: tuple(parameter.shape) for name, parameter in own.items()})
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(values[name])
+
+    def changed(self) -> list[ChangedParameter]:
+        """Every parameter that this adapter adds or changes, by its key in adapter_model.safetensors."""
+        return [
+            ChangedParameter(name=PEFT_PREFIX + name, shape=tuple(parameter.shape))
+            for name, parameter in self.named_parameters().items()
+        ]
+
+
+def check_tensors(values: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], *, where: str = "") -> None:
+    """Checks that `values` has exactly the expected names and shapes, all entries finite.
+
+    Raises:
+        BadInput: naming the first tensor that is wrong.
+    """
+    hint = "It belongs to another base model or was damaged"
+    for name, shape in expected.items():
+        value = values.get(name)
+        if value is None:
+            raise BadInput(f"tensor {name} is missing", where=where, hint=hint)
+        if tuple(value.shape) != shape:
+            found = "×".join(map(str, value.shape))
+            wanted = "×".join(map(str, shape))
+            raise BadInput(f"tensor {name} is {found}, this model needs {wanted}", where=where, hint=hint)
+        if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
+            raise BadInput(f"tensor {name} holds values that are not finite numbers", where=where, hint="Train it anew")
+    for name in values:
+        if name not in expected:
+            raise BadInput(f"tensor {name} fits no layer of this model", where=where, hint=hint)
+
+
+def from_layers(path: str) -> str:
+    """A module path from the list of decoder layers on.
+
+    The language tower of a vision-language model lies under another prefix than the same model by itself.
+    """
+    _, mark, rest = path.partition("layers.")
+    return mark + rest if mark else path

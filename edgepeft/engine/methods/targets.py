@@ -1,0 +1,33 @@
+"""Which linears of a loaded model the targets of a method stand for."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from edgepeft.engine.model.linear import AdaptedLinear
+from edgepeft.errors import UsageError
+
+
+def resolve_targets(targets: Sequence[str], linears: Mapping[str, AdaptedLinear]) -> list[str]:
+    """The module paths that targets stand for, in the model's order.
+
+    `all-linear` stands for every linear of every decoder layer; anything else is a module path or its ending.
+
+    Raises:
+        UsageError: a target matches nothing.
+    """
+    chosen: set[str] = set()
+    for target in targets:
+        matches = {path for path in linears if target == "all-linear" or path == target or path.endswith(f".{target}")}
+        if not matches:
+            known = ", ".join(sorted({path.rsplit(".", 1)[-1] for path in linears}))
+            raise UsageError(
+                f"target {target!r} matches no linear layer of this model", where="targets", hint=f"It has: {known}"
+            )
+        chosen |= matches
+    return [path for path in linears if path in chosen]
+
+
+def adaptable(linears: Mapping[str, AdaptedLinear]) -> dict[str, AdaptedLinear]:
+    """Without what chooses or weighs experts by a single number."""
+    return {path: linear for path, linear in linears.items() if min(linear.weight_source.shape) > 1}

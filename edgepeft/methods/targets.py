@@ -1,0 +1,32 @@
+"""Which linears of a model the targets of a method stand for, told from the model's shape alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from edgepeft.errors import UsageError
+from edgepeft.models.shape import LinearShape, ModelShape
+
+
+def matching(targets: Sequence[str], shape: ModelShape) -> tuple[LinearShape, ...]:
+    """The linears of one decoder layer, in forward order, whose name or its ending is a target.
+
+    `all-linear` stands for every linear of the layer.
+
+    Raises:
+        UsageError: a target matches no linear.
+    """
+    chosen: list[LinearShape] = []
+    for target in targets:
+        matches = [
+            linear
+            for linear in shape.adaptable
+            if target == "all-linear" or linear.name == target or linear.name.endswith(f".{target}")
+        ]
+        if not matches:
+            known = ", ".join(sorted({linear.name.rsplit(".", 1)[-1] for linear in shape.adaptable}))
+            raise UsageError(
+                f"target {target!r} matches no linear layer of this model", where="targets", hint=f"It has: {known}"
+            )
+        chosen += [linear for linear in matches if linear not in chosen]
+    return tuple(linear for linear in shape.adaptable if linear in chosen)
