@@ -1,0 +1,92 @@
+"""The tensors of norm tuning; config and paper are in edgepeft.methods.norm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from edgepeft.engine.methods.adapter import AttachedAdapter, Parts
+from edgepeft.engine.methods.own_files import load_values
+from edgepeft.engine.model.load import LoadedModel
+from edgepeft.errors import BadInput, UsageError
+from edgepeft.library.store import CONFIG_FILE
+from edgepeft.methods.norm import NormConfig
+
+
+class NormUpdate:
+    """A trained copy of each parameter of one norm."""
+
+    def __init__(self, own: Mapping[str, Tensor], device: torch.device) -> None:
+        self._trained = {
+            name: nn.Parameter(value.detach().to(device, torch.float32, copy=True)) for name, value in own.items()
+        }
+
+    def named_tensors(self) -> dict[str, nn.Parameter]:
+        """By the names that PEFT's files have for them."""
+        return {f"ln_tuning_layers.{name}": value for name, value in self._trained.items()}
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All of them."""
+        return tuple(self._trained.values())
+
+    def parameters_of(self, own: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+        """See `GainUpdate`: the trained copies, or what lies between them and the norm's own."""
+        if scale == 1:
+            return dict(self._trained)
+        return {name: torch.lerp(own[name].float(), value.float(), scale) for name, value in self._trained.items()}
+
+
+def build(loaded: LoadedModel, config: NormConfig, seed: int) -> Parts:
+    """See `EngineMethod`: copies of what the norms have.
+
+    Raises:
+        UsageError: a name matches no norm.
+    """
+    found = loaded.norms()
+    for target in config.norms:
+        if not any(_means(target, path) for path in found):
+            known = ", ".join(sorted({path.rsplit(".", 1)[-1] for path in found}))
+            raise UsageError(f"{target!r} matches no norm of this model", where="norms", hint=f"It has: {known}")
+    return Parts(
+        {
+            path: NormUpdate(norm.own(), loaded.device)
+            for path, norm in found.items()
+            if any(_means(target, path) for target in config.norms)
+        }
+    )
+
+
+def _means(target: str, path: str) -> bool:
+    return target == "all" or path == target or path.endswith(f".{target}")
+
+
+def settings_of(adapter: AttachedAdapter) -> dict[str, Any]:
+    """See `EngineMethod`."""
+    return {
+        "peft_type": "LN_TUNING",
+        "target_modules": sorted({path.rsplit(".", 1)[-1] for path in adapter.updates}),
+        "exclude_modules": None,
+        "modules_to_save": None,
+    }
+
+
+def restore(
+    loaded: LoadedModel, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
+) -> tuple[NormConfig, Parts]:
+    """See `EngineMethod`."""
+    where = str(folder / CONFIG_FILE)
+    named = settings.get("target_modules")
+    if not isinstance(named, list):
+        raise BadInput("target_modules must be a list", where=where, hint="Save the adapter with a list of names")
+    endings = {path.rsplit(".", 1)[-1] for path in loaded.norms()}
+    config = NormConfig(("all",) if set(named) == endings else tuple(sorted(map(str, named))))
+    try:
+        parts = build(loaded, config, 0)
+    except UsageError as error:
+        raise BadInput(error.what, where=where, hint="It belongs to another base, or is damaged") from error
+    load_values(AttachedAdapter("", config, parts), tensors, folder)
+    return config, parts
