@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import msgspec
 
@@ -15,7 +16,7 @@ from edgepeft.memory.operations import FLOAT32, LinearPlan
 from edgepeft.memory.programs import PROGRAMS, LayerPlan, llama
 from edgepeft.memory.target import Target
 from edgepeft.memory.weights import ELEMENT_BYTES
-from edgepeft.methods import LayerTerms, LinearTerms, MethodConfig, method_of
+from edgepeft.methods import BranchTerms, LinearTerms, MethodConfig, Trained, method_of
 from edgepeft.models.shape import LinearShape, ModelShape
 from edgepeft.spec import ComputeDtype, Precision
 
@@ -70,13 +71,13 @@ def plan_micro_batch(shape: ModelShape, given: Pass, method: MethodConfig | None
         UsageError: the method's targets or rank do not suit the model.
     """
     if method is None:
-        return plan_with(shape, given, lambda linear: None, lambda linears: None, None)
+        return plan_with(shape, given, lambda linear: None)
     module, tokens, c = method_of(method), given.tokens, given.compute_bytes
     targeted = set(module.targeted(method, shape))
     if _known_linears(shape) != shape.linears:
         # Made up: which of them are targeted cannot be told.
         targeted |= set(_known_linears(shape))
-    added = module.layer_terms(method, shape, tokens, c, training=given.training)
+    branches = {branch: module.branch_terms(method, shape, branch, tokens, c) for branch in ("attention", "mlp")}
 
     def update_of(linear: LinearShape) -> LinearTerms | None:
         if linear not in targeted:
@@ -88,11 +89,26 @@ def plan_micro_batch(shape: ModelShape, given: Pass, method: MethodConfig | None
             return None
         return module.shared_terms(method, linears, tokens, c, training=given.training)
 
-    return plan_with(shape, given, update_of, shared_of, None if added == LayerTerms() else added)
+    return plan_with(
+        shape,
+        given,
+        update_of,
+        shared_of,
+        branches,
+        trains_gains=module.trains_gains(method),
+        trained=module.trained(method, shape),
+    )
 
 
 def plan_with(
-    shape: ModelShape, given: Pass, update_of: UpdateOf, shared_of: SharedOf, added: LayerTerms | None
+    shape: ModelShape,
+    given: Pass,
+    update_of: UpdateOf,
+    shared_of: SharedOf = lambda linears: None,
+    branches: Mapping[str, BranchTerms | None] = MappingProxyType({}),
+    *,
+    trains_gains: bool = False,
+    trained: Trained = Trained(),  # noqa: B008
 ) -> MicroBatchPlan:
     """The same with any updates.
 
@@ -101,18 +117,24 @@ def plan_with(
         given: the micro-batch.
         update_of: the update of a linear, if it has one.
         shared_of: the update that does the work of several linears with the same input, if there is one.
-        added: what is put behind each layer.
+        branches: what is put behind `attention` and `mlp`.
+        trains_gains: whether those of norms are trained.
+        trained: all tensors that are.
     """
     tokens, c, kind = given.tokens, given.compute_bytes, shape.model_type
     windows, kind_of_layer = _windows(shape, given.lengths[0])
     forms_gain = kind in _GAIN_IN_FLOAT32
     known = {linear.name.rsplit(".", 1)[-1]: linear for linear in _known_linears(shape)}
+    behind = branches.get("mlp")
+    # See engine.model.fused and engine.model.sites.
+    ends_with_mlp = PROGRAMS.get(kind) is llama and (behind is None or behind.reads == "input")
     linears = {
         name: LinearPlan(
             in_bytes=c * linear.in_features * tokens,
             out_bytes=c * linear.out_features * tokens,
             scratch_bytes=dequantizing_bytes(linear, given),
             update=update_of(linear),
+            ends_layer=name == "down_proj" and ends_with_mlp,
         )
         for name, linear in known.items()
     }
@@ -140,7 +162,9 @@ def plan_with(
             scales_queries=kind == "ministral3",
             scales_branches=kind == "granite",
             experts=_experts_plan(shape, given) if shape.experts else None,
-            added=added,
+            after_attention=branches.get("attention"),
+            after_mlp=branches.get("mlp"),
+            trains_gains=trains_gains,
         )
 
     return MicroBatchPlan(
@@ -162,6 +186,7 @@ def plan_with(
             scratch_bytes=LOSS_SCRATCH_BYTES[given.target.kind],
             softcap=shape.logit_softcap is not None,
         ),
+        trained=trained,
     )
 
 

@@ -11,7 +11,7 @@ from edgepeft.memory.breakdown import Breakdown, Category, Phase, PhaseName
 from edgepeft.memory.chunks import CPU_CHUNK, NF4_BLOCK, QUANTIZING_BYTES
 from edgepeft.memory.micro_batch import MicroBatchPlan, Place, evaluate, train
 from edgepeft.memory.operations import FLOAT32
-from edgepeft.memory.optimizer import state_bytes, trained_sizes
+from edgepeft.memory.optimizer import state_bytes
 from edgepeft.memory.slack import slack_bytes
 from edgepeft.memory.tape import CATEGORIES
 from edgepeft.memory.target import DeviceKind, Target
@@ -48,7 +48,8 @@ def estimate_training(spec: RunSpec, shape: ModelShape, workload: Workload, targ
     """
     recipe, layout = spec.recipe, spec.layout
     base = base_bytes(shape, recipe.precision, recipe.compute_dtype)
-    trained = FLOAT32 * method_of(recipe.method).count_parameters(recipe.method, shape)
+    tensors = method_of(recipe.method).trained(recipe.method, shape)
+    trained = FLOAT32 * tensors.parameters(shape.layers)
 
     def planned(lengths: tuple[int, ...], rows: int, *, training: bool) -> MicroBatchPlan:
         given = Pass(
@@ -61,7 +62,7 @@ def estimate_training(spec: RunSpec, shape: ModelShape, workload: Workload, targ
         base,
         {
             "adapter weights": trained,
-            "optimizer state": _states(spec, shape, trained, shape.layers * batch.tensors_of_layer),
+            "optimizer state": state_bytes(recipe.optimizer.name, tensors.sizes(shape.layers)),
             "workspace": workspace_bytes(shape, recipe.precision, recipe.compute_dtype),
         },
     )
@@ -71,7 +72,8 @@ def estimate_training(spec: RunSpec, shape: ModelShape, workload: Workload, targ
         alone=workload.alone,
         offloaded=layout.checkpointing == "offload" and target.kind == "cuda",
     )
-    before: Ledger = {} if workload.alone else {"gradients": trained}
+    # Where gradients come into being in this backward, those that are of no layer do so at its beginning.
+    before: Ledger = {"gradients": FLOAT32 * sum(tensors.others) if workload.alone else trained}
     phases: list[tuple[PhaseName, Ledger, str]] = [
         ("load", *_load(shape, recipe.precision, recipe.compute_dtype, base, target)),
         ("train step", _sum(resident, _given(batch), before, _ledger(step)), step.name),
@@ -95,13 +97,6 @@ def workspace_bytes(shape: ModelShape, precision: Precision, compute_dtype: Comp
         return 0
     largest = max(linear.in_features * linear.out_features for linear in shape.linears)
     return ELEMENT_BYTES[compute_dtype] * largest + (NF4_MAP_BYTES if precision == "nf4" else 0)
-
-
-def _states(spec: RunSpec, shape: ModelShape, trained_bytes: int, tensors: int) -> int:
-    if spec.recipe.optimizer.name == "adamw":
-        # Two moments of every entry, and the step of every tensor.
-        return 2 * trained_bytes + FLOAT32 * tensors
-    return state_bytes(spec.recipe.optimizer.name, shape.layers * trained_sizes(spec.recipe.method, shape))
 
 
 def _given(batch: MicroBatchPlan) -> Ledger:

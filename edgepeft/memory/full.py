@@ -43,11 +43,9 @@ def full_finetuning_bytes(
 
     def update_of(linear: LinearShape) -> LinearTerms:
         entries = linear.parameters
-        return LinearTerms(
-            parameters=entries, tensors=1, forward_bytes=copy * entries, backward_bytes=(copy + FLOAT32) * entries
-        )
+        return LinearTerms(parameters=entries, forward_bytes=copy * entries, backward_bytes=(copy + FLOAT32) * entries)
 
-    step = train(plan_with(shape, given, update_of, lambda linears: None, None), checkpointed=True, alone=False)
+    step = train(plan_with(shape, given, update_of), checkpointed=True, alone=False)
     states = 4 * FLOAT32 * shape.parameters
     ledger: Ledger = {"frozen weights": states, **dict(zip(CATEGORIES, step.by_category, strict=True))}
     return sum(on_device(ledger, target).values())

@@ -6,7 +6,8 @@ others keep, and the gradients that they leave, is added by multiplication.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 
 import msgspec
 
@@ -14,7 +15,7 @@ from edgepeft.memory.chunks import loss_rows
 from edgepeft.memory.operations import FLOAT32, Operations
 from edgepeft.memory.programs import LayerPlan, Program
 from edgepeft.memory.tape import GRADIENTS, LOSS, RECOMPUTED, Peak, Tape, Tensor
-from edgepeft.methods import LayerTerms, LinearTerms
+from edgepeft.methods import Trained
 
 
 class LossPlan(msgspec.Struct, frozen=True):
@@ -52,21 +53,8 @@ class MicroBatchPlan(msgspec.Struct, frozen=True):
     converts: bool
     """See `Operations`."""
     loss: LossPlan
-
-    @property
-    def parameters_of_layer(self) -> int:
-        """Trained entries of one decoder layer."""
-        return sum(terms.parameters for terms in self._terms())
-
-    @property
-    def tensors_of_layer(self) -> int:
-        """Among how many tensors they are."""
-        return sum(terms.tensors for terms in self._terms())
-
-    def _terms(self) -> list[LinearTerms | LayerTerms]:
-        layer = self.kinds[0]
-        terms: list[LinearTerms | LayerTerms] = [linear.update for linear in layer.linears.values() if linear.update]
-        return terms if layer.added is None else [*terms, layer.added]
+    trained: Trained
+    """What the method trains."""
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -93,7 +81,7 @@ def train(plan: MicroBatchPlan, *, checkpointed: bool, alone: bool, offloaded: b
     """
     tape = Tape("forward")
     tape.nodes = []
-    layers = _Layers(plan.kind_of_layer, FLOAT32 * plan.parameters_of_layer if alone else 0)
+    layers = _Layers(plan.kind_of_layer, FLOAT32 * sum(plan.trained.of_layer) if alone else 0)
     hidden = _forward(plan, tape, layers, checkpointed=checkpointed, offloaded=offloaded)
     tape.enter("loss")
     tape.category = LOSS
@@ -196,22 +184,14 @@ def _forward(
         kind = plan.kind_of_layer[number]
         tape.enter(f"forward of layer {number + 1}")
         before = tape.live[:]
-        layer = _layer_of(plan.program, ops, plan.kinds[kind])
+        layer = partial(plan.program, ops, plan.kinds[kind])
         hidden = tape.checkpointed(layer, hidden, offload=offloaded) if checkpointed else layer(hidden)
         if hidden.node is not None:
             hidden.node.place = f"backward of layer {number + 1}"
         if number:
             # An offloaded input leaves with its layer, whatever the number of layers.
             layers.kept[kind] = [0 if offloaded else now - then for now, then in zip(tape.live, before, strict=True)]
-    return ops.norm(hidden, size, gain_bytes=plan.gain_bytes)
-
-
-def _layer_of(program: Program, ops: Operations, plan: LayerPlan) -> Callable[[Tensor], Tensor]:
-    def run(x: Tensor) -> Tensor:
-        out = program(ops, plan, x)
-        return out if plan.added is None else ops.added(out, plan.added)
-
-    return run
+    return plan.kinds[0].hidden_norm(ops, hidden)
 
 
 def _loss(plan: LossPlan, tape: Tape) -> Tensor | None:

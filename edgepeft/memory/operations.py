@@ -11,7 +11,7 @@ import msgspec
 
 from edgepeft.memory.chunks import ELEMENTWISE_CHUNK
 from edgepeft.memory.tape import Node, Tape, Tensor
-from edgepeft.methods import LayerTerms, LinearTerms
+from edgepeft.methods import BranchTerms, LinearTerms
 
 FLOAT32 = 4
 
@@ -27,6 +27,8 @@ class LinearPlan(msgspec.Struct, frozen=True):
     """What forming the dense matrix needs beside the shared buffer."""
     update: LinearTerms | None
     """What the method adds; None where the linear is not targeted."""
+    ends_layer: bool = False
+    """Whether nothing but a sum uses its result, so that a layer that runs again does without it."""
 
 
 class Operations:
@@ -159,8 +161,11 @@ class Operations:
             shared: of one update that does the work of all; None where each linear has its own.
         """
         tape, ys, kept = self.tape, [], []
+        if any(plan.update is not None and plan.update.rescales_input for plan in plans):
+            return [self._rescaled_linear(x, plan) for plan in plans]
         for plan in plans:
-            tape.touch(plan.scratch_bytes)
+            if not (tape.recomputing and plan.ends_layer) or _rescales_output(plan):
+                tape.touch(plan.scratch_bytes)
             ys.append(Tensor(tape, plan.out_bytes))
         updates = [plan.update for plan in plans if plan.update is not None] if shared is None else [shared]
         for update in updates:
@@ -173,15 +178,18 @@ class Operations:
         def back(node: Node) -> list[Tensor | None]:
             waiting.append(node.take())
             grad_x = None
+            # What multiplies a result lets another gradient through to the frozen product.
+            changed = [Tensor(tape, plan.out_bytes) for plan in plans if _rescales_output(plan)]
             if node.inputs[0] is not None:
                 tape.touch(plans[0].scratch_bytes)
                 grad_x = Tensor(tape, plans[0].in_bytes)
-                tape.touch(max(plan.scratch_bytes for plan in plans))
+                tape.touch(max((plan.scratch_bytes for plan in plans[1:]), default=0))
             trained: list[Tensor | None] = []
             for update in updates:
                 tape.touch(update.backward_bytes)
                 trained.append(Tensor(tape, FLOAT32 * update.parameters))
             waiting.clear()
+            del changed
             return [grad_x, *trained]
 
         saved = [x] if any(update.keeps_input for update in updates) else []
@@ -200,26 +208,55 @@ class Operations:
             y.node = tape.record_plain((node,), wait)
         return ys
 
-    def added(self, x: Tensor, terms: LayerTerms) -> Tensor:
-        """What a method puts behind a layer, on its residual stream."""
-        tape, size = self.tape, x.size
-        kept = Tensor(tape, terms.kept_bytes)
+    def _rescaled_linear(self, x: Tensor, plan: LinearPlan) -> Tensor:
+        """A linear by itself; its input is multiplied first, where the update does that."""
+        if plan.update is None or not plan.update.rescales_input:
+            return self.linear(x, plan)
+        tape, terms = self.tape, plan.update
+        out = Tensor(tape, plan.in_bytes)
+        if tape.nodes is not None:
+
+            def back(node: Node) -> list[Tensor | None]:
+                g = node.take()
+                tape.touch(terms.backward_bytes)
+                trained = Tensor(tape, FLOAT32 * terms.parameters)
+                grad = Tensor(tape, plan.in_bytes) if node.inputs[0] is not None else None
+                del g
+                return [grad, trained]
+
+            out.node = tape.record((x.node,), back, x)
+        return self.linear(out, msgspec.structs.replace(plan, update=None))
+
+    def branch(self, x: Tensor, y: Tensor, terms: BranchTerms | None) -> Tensor:
+        """What a method makes of a branch's result: one node (engine.methods.bottleneck).
+
+        Args:
+            x: the branch's input.
+            y: its result.
+            terms: None where nothing is put behind the branch.
+        """
+        if terms is None:
+            return y
+        tape = self.tape
+        read, size = (x, x.size) if terms.reads == "input" else (y, y.size)
+        kept, out = Tensor(tape, terms.kept_bytes), Tensor(tape, y.size)
         tape.touch(terms.forward_bytes)
         if tape.nodes is None:
-            return Tensor(tape, size)
+            return out
+        beside = terms.reads == "input"
 
         def back(node: Node) -> list[Tensor | None]:
             g = node.take()
             tape.touch(terms.backward_bytes)
             trained = Tensor(tape, FLOAT32 * terms.parameters)
             grad = Tensor(tape, size) if node.inputs[0] is not None else None
-            del g
-            return [grad, trained]
+            tape.touch(terms.gradient_bytes)
+            return [grad, *((g,) if beside else ()), trained]
 
-        node = tape.record((x.node,), back, kept)
-        return Tensor(tape, size, node)
+        out.node = tape.record((read.node, y.node) if beside else (read.node,), back, read, kept)
+        return out
 
-    def norm(self, x: Tensor, size: int, *, rows: int = 1, gain_bytes: int = 0) -> Tensor:
+    def norm(self, x: Tensor, size: int, *, rows: int = 1, gain_bytes: int = 0, trained: int = 0) -> Tensor:
         """Root mean square norm, float32 inside: one node (engine.model.fused).
 
         Args:
@@ -227,23 +264,28 @@ class Operations:
             size: bytes of it.
             rows: vectors of a token that are normalised each by itself; heads, or 1.
             gain_bytes: of a float32 gain that is formed each time (Gemma, OLMo 2); 0 where there is none.
+            trained: entries of a gain that is trained; 0 where it is frozen.
         """
         tape, copies = self.tape, 0 if self.compute_bytes == FLOAT32 else 1
         piece = self._piece_bytes(size)
+        if trained and not gain_bytes and self.compute_bytes != FLOAT32:
+            # The trained gain in the compute dtype.
+            gain_bytes = self.compute_bytes * trained
         gain = Tensor(tape, gain_bytes)
         out, root = Tensor(tape, size), Tensor(tape, FLOAT32 * self.tokens * rows)
         # A piece in float32, where it is not so already, and its squares or what was normalised.
         tape.touch((copies + 1) * piece)
         del gain
-        if x.node is not None:
+        if x.node is not None or (trained and tape.nodes is not None):
 
             def back(node: Node) -> list[Tensor | None]:
                 g = node.take()
                 gain = Tensor(tape, gain_bytes)
-                grad = Tensor(tape, size)
+                grad = Tensor(tape, size) if node.inputs[0] is not None else None
+                own = [Tensor(tape, FLOAT32 * trained)] if trained else []
                 tape.touch(3 * piece)
                 del g, gain
-                return [grad]
+                return [grad, *own]
 
             out.node = tape.record((x.node,), back, x, root)
         return out
@@ -259,3 +301,7 @@ class Operations:
     def cast(self, x: Tensor, before: int, after: int) -> Tensor:
         """From one dtype to another, by their bytes; nothing where they are the same."""
         return x if before == after else self.through(x, before, after)
+
+
+def _rescales_output(plan: LinearPlan) -> bool:
+    return plan.update is not None and plan.update.rescales_output

@@ -5,8 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from edgepeft.methods import MethodConfig, method_of
-from edgepeft.models.shape import ModelShape
 from edgepeft.spec import OptimizerName
 
 FLOAT32 = 4
@@ -16,19 +14,6 @@ BLOCK_8BIT = 256
 """Consecutive 8-bit entries that share one float32 scale (Dettmers et al. 2021, arXiv 2110.02861, section 2)."""
 MAPS_8BIT_BYTES = 2 * 256 * FLOAT32
 """The 8-bit types' values, signed and unsigned, which all tensors share."""
-
-
-def trained_sizes(config: MethodConfig, shape: ModelShape) -> list[int]:
-    """Entries of each tensor that a method trains in one decoder layer: LoRA's A and B of each targeted linear.
-
-    Raises:
-        UsageError: the method's targets or rank do not suit the model.
-    """
-    return [
-        config.rank * features
-        for linear in method_of(config).targeted(config, shape)
-        for features in (linear.in_features, linear.out_features)
-    ]
 
 
 def state_bytes(name: OptimizerName, sizes: Iterable[int]) -> int:

@@ -15,7 +15,7 @@ from edgepeft.memory.experts import ExpertsPlan, experts
 from edgepeft.memory.operations import LinearPlan, Operations
 from edgepeft.memory.rotary import partly_rotated, rotated
 from edgepeft.memory.tape import Tensor
-from edgepeft.methods import LayerTerms, LinearTerms
+from edgepeft.methods import BranchTerms, LinearTerms
 
 
 class LayerPlan(msgspec.Struct, frozen=True):
@@ -56,8 +56,21 @@ class LayerPlan(msgspec.Struct, frozen=True):
     """Whether each branch is multiplied by a number before it meets the residual (Granite)."""
     experts: ExpertsPlan | None = None
     """In place of the MLP, or beside a shared one; None where there are none."""
-    added: LayerTerms | None = None
-    """What the method puts behind the layer; None where it is nothing."""
+    after_attention: BranchTerms | None = None
+    """What the method puts behind attention; None where it is nothing."""
+    after_mlp: BranchTerms | None = None
+    """The same for the MLP."""
+    trains_gains: bool = False
+    """Whether the method trains the gains of norms."""
+
+    def hidden_norm(self, ops: Operations, x: Tensor) -> Tensor:
+        """A norm over the residual stream."""
+        return self.norm(ops, x, self.hidden_bytes, gain_bytes=self.gain_bytes)
+
+    def norm(self, ops: Operations, x: Tensor, size: int, *, rows: int = 1, gain_bytes: int = 0) -> Tensor:
+        """Any norm of the layer; see `Operations.norm`."""
+        entries = size // (ops.compute_bytes * ops.tokens * rows) if self.trains_gains else 0
+        return ops.norm(x, size, rows=rows, gain_bytes=gain_bytes, trained=entries)
 
 
 Program = Callable[[Operations, LayerPlan, Tensor], Tensor]
@@ -65,36 +78,36 @@ Program = Callable[[Operations, LayerPlan, Tensor], Tensor]
 
 def llama(ops: Operations, plan: LayerPlan, x: Tensor) -> Tensor:
     """Norms before attention and MLP: Llama, Mistral, Qwen, Gemma, SmolLM, Phi-3, Granite."""
-    hidden = ops.norm(x, plan.hidden_bytes, gain_bytes=plan.gain_bytes)
+    hidden = plan.hidden_norm(ops, x)
     hidden = _attention(ops, plan, hidden)
     hidden = _joined(ops, plan, x, hidden)
     residual = hidden
-    hidden = ops.norm(hidden, plan.hidden_bytes, gain_bytes=plan.gain_bytes)
+    hidden = plan.hidden_norm(ops, hidden)
     hidden = _mlp(ops, plan, hidden)
     return _joined(ops, plan, residual, hidden)
 
 
 def gemma2(ops: Operations, plan: LayerPlan, x: Tensor) -> Tensor:
     """Norms before and after attention and MLP: Gemma 2 and 3."""
-    hidden = ops.norm(x, plan.hidden_bytes, gain_bytes=plan.gain_bytes)
+    hidden = plan.hidden_norm(ops, x)
     hidden = _attention(ops, plan, hidden)
-    hidden = ops.norm(hidden, plan.hidden_bytes, gain_bytes=plan.gain_bytes)
+    hidden = plan.hidden_norm(ops, hidden)
     hidden = ops.add(x, hidden)
     residual = hidden
-    hidden = ops.norm(hidden, plan.hidden_bytes, gain_bytes=plan.gain_bytes)
+    hidden = plan.hidden_norm(ops, hidden)
     hidden = _mlp(ops, plan, hidden)
-    hidden = ops.norm(hidden, plan.hidden_bytes, gain_bytes=plan.gain_bytes)
+    hidden = plan.hidden_norm(ops, hidden)
     return ops.add(residual, hidden)
 
 
 def olmo2(ops: Operations, plan: LayerPlan, x: Tensor) -> Tensor:
     """Norms after attention and MLP, and over all queries and all keys: OLMo 2 and 3."""
     hidden = _attention(ops, plan, x, width_norms=True)
-    hidden = ops.norm(hidden, plan.hidden_bytes, gain_bytes=plan.gain_bytes)
+    hidden = plan.hidden_norm(ops, hidden)
     hidden = ops.add(x, hidden)
     residual = hidden
     hidden = _mlp(ops, plan, hidden)
-    hidden = ops.norm(hidden, plan.hidden_bytes, gain_bytes=plan.gain_bytes)
+    hidden = plan.hidden_norm(ops, hidden)
     return ops.add(residual, hidden)
 
 
@@ -104,23 +117,27 @@ def _joined(ops: Operations, plan: LayerPlan, residual: Tensor, branch: Tensor) 
 
 
 def _attention(ops: Operations, plan: LayerPlan, x: Tensor, *, width_norms: bool = False) -> Tensor:
+    return ops.branch(x, _attended(ops, plan, x, width_norms=width_norms), plan.after_attention)
+
+
+def _attended(ops: Operations, plan: LayerPlan, x: Tensor, *, width_norms: bool) -> Tensor:
     linears, query, key = plan.linears, plan.query_bytes, plan.key_bytes
     if "qkv_proj" in linears:
         return _fused_attention(ops, plan, x)
     q, k, v = ops.linears(x, [linears[f"{name}_proj"] for name in "qkv"], plan.shared_attention)
     if width_norms:
-        q = ops.norm(q, query, gain_bytes=plan.query_gain_bytes)
-        k = ops.norm(k, key, gain_bytes=plan.key_gain_bytes)
+        q = plan.norm(ops, q, query, gain_bytes=plan.query_gain_bytes)
+        k = plan.norm(ops, k, key, gain_bytes=plan.key_gain_bytes)
         q, k = ops.view(q, query), ops.view(k, key)
     elif plan.head_norms and not plan.head_gain_bytes:
-        q = ops.norm(q, query, rows=plan.attention.heads)
-        k = ops.norm(k, key, rows=plan.attention.kv_heads)
+        q = plan.norm(ops, q, query, rows=plan.attention.heads)
+        k = plan.norm(ops, k, key, rows=plan.attention.kv_heads)
     else:
         q, k = ops.view(q, query), ops.view(k, key)
         if plan.head_norms:
             # After the heads have come in front (Gemma 3).
-            q = ops.norm(q, query, rows=plan.attention.heads, gain_bytes=plan.head_gain_bytes)
-            k = ops.norm(k, key, rows=plan.attention.kv_heads, gain_bytes=plan.head_gain_bytes)
+            q = plan.norm(ops, q, query, rows=plan.attention.heads, gain_bytes=plan.head_gain_bytes)
+            k = plan.norm(ops, k, key, rows=plan.attention.kv_heads, gain_bytes=plan.head_gain_bytes)
     q, k = rotated(ops, q, k, (query, key), in_float32=plan.rotates_in_float32)
     if plan.scales_queries:
         q = ops.through(q, query, query, keeps=True)
@@ -143,6 +160,10 @@ def _fused_attention(ops: Operations, plan: LayerPlan, x: Tensor) -> Tensor:
 
 
 def _mlp(ops: Operations, plan: LayerPlan, x: Tensor) -> Tensor:
+    return ops.branch(x, _fed_forward(ops, plan, x), plan.after_mlp)
+
+
+def _fed_forward(ops: Operations, plan: LayerPlan, x: Tensor) -> Tensor:
     linears, inner = plan.linears, plan.inner_bytes
     if plan.experts is not None:
         chosen = experts(ops, x, plan.hidden_bytes, plan.experts)

@@ -46,6 +46,7 @@ class Tape:
         "live",
         "nodes",
         "peaks",
+        "recomputing",
     )
 
     def __init__(self, place: str = "") -> None:
@@ -59,6 +60,8 @@ class Tape:
         """Whether nodes keep what they save; under checkpointing they do not."""
         self.peaks: list[Peak] = []
         """Of places that were left, oldest first."""
+        self.recomputing = False
+        """Whether a checkpointed layer runs again."""
         self._place = place
         self._peak = 0
         self._peak_live = _NOTHING
@@ -139,8 +142,10 @@ class Tape:
                 segment.below.fetch(self)
         outer, self.nodes = self.nodes, []
         self._saves, self._stop = 0, segment.saves
+        self.recomputing = True
         with contextlib.suppress(Recomputed):
             segment.layer(x)
+        self.recomputing = False
         self._stop = -1
         for node, again in zip(segment.nodes, self.nodes, strict=False):
             node.saved, again.saved = again.saved, ()

@@ -19,8 +19,9 @@ from edgepeft.memory.dry_run import DryRunRequest
 from edgepeft.memory.estimate import estimate_training
 from edgepeft.memory.target import CPU, Target
 from edgepeft.memory.workload import Workload
-from edgepeft.methods import LoraConfig
+from edgepeft.methods import LoraConfig, id_of
 from edgepeft.models.config import read_shape
+from edgepeft.plan.reasons import method_values
 from edgepeft.spec import BaseRef, DataRef, Layout, Optimizer, Recipe, RunSpec
 
 FAMILIES = (
@@ -130,10 +131,9 @@ def _described(case: Case) -> dict[str, Any]:
         "device": device,
         "precision": recipe.precision,
         "compute": recipe.compute_dtype,
-        "rank": recipe.method.rank,
+        "method": id_of(recipe.method),
+        "settings": ", ".join(f"{name} {value}" for name, value in method_values(recipe.method).items()),
         "optimizer": recipe.optimizer.name,
-        "targets": "+".join(recipe.method.targets),
-        "dropout": recipe.method.dropout,
         "tokens": workload.tokens,
         "longest": workload.longest,
         "trained": workload.trained,

@@ -32,8 +32,9 @@ from edgepeft.engine.training.step import StepRunner
 from edgepeft.memory.dry_run import DryRunRequest
 from edgepeft.memory.target import CPU
 from edgepeft.memory.workload import Workload
-from edgepeft.methods import LoraConfig
+from edgepeft.methods import LoraConfig, id_of
 from edgepeft.models.store import ensure_model
+from edgepeft.plan.reasons import method_values
 from edgepeft.spec import BaseRef, DataRef, Layout, Recipe, RunSpec
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -96,9 +97,8 @@ def rows(case: Case) -> list[dict[str, Any]]:
         "vocab": case.vocab,
         "precision": recipe.precision,
         "compute": recipe.compute_dtype,
-        "rank": recipe.method.rank,
-        "targets": "+".join(recipe.method.targets),
-        "dropout": recipe.method.dropout,
+        "method": id_of(recipe.method),
+        "settings": ", ".join(f"{name} {value}" for name, value in method_values(recipe.method).items()),
         "tokens": workload.tokens,
         "longest": workload.longest,
         "trained": workload.trained,
