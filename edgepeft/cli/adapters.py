@@ -176,7 +176,9 @@ def _summary(adapter: AdapterFolder) -> dict[str, Any]:
 
 
 def _method(adapter: AdapterFolder) -> str:
-    kind = str(adapter.config["peft_type"]).lower()
+    from edgepeft.library.peft_config import OWN_PREFIX
+
+    kind = str(adapter.config["peft_type"]).removeprefix(OWN_PREFIX).lower()
     rank = adapter.config.get("r")
     return f"{kind} r{rank}" if isinstance(rank, int) else kind
 
@@ -191,19 +193,17 @@ def _lineage_lines(card: Card) -> list[tuple[str, str]]:
 
 
 def _card_lines(card: Card) -> list[tuple[str, str]]:
+    from edgepeft.methods import id_of
+    from edgepeft.plan.reasons import method_values
     from edgepeft.units import format_bytes, format_count, format_seconds, format_share
 
     recipe, layout = card.recipe, card.layout
-    method = recipe.method
+    settings = "".join(f", {name} {value}" for name, value in method_values(recipe.method).items())
     lines = [
         ("made", f"{card.created}, by run {card.run}, {card.steps} steps"),
         ("base", f"{card.base}, held in {recipe.precision}, computed in {recipe.compute_dtype}"),
         ("base fingerprint", card.base_fingerprint),
-        (
-            "method",
-            f"lora, rank {method.rank}, alpha {method.alpha:g}, dropout {method.dropout:g}, "
-            f"on {', '.join(method.targets)}",
-        ),
+        ("method", id_of(recipe.method) + settings),
         (
             "trainable",
             f"{format_count(card.trainable_parameters)} parameters, "

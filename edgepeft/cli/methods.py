@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import itertools
+from typing import Annotated, Any
 
 import typer
 
@@ -22,10 +23,10 @@ def list_(as_json: JsonFlag = False) -> None:
             [
                 {
                     "id": name,
-                    "paper": method.PAPER,
-                    "peft": method.PEFT_TYPE,
-                    "adds": method.ADDS,
-                    "merges": method.MERGES,
+                    "paper": method.paper,
+                    "peft": method.peft_type,
+                    "adds": method.adds,
+                    "merges": method.merges,
                 }
                 for name, method in METHODS.items()
             ]
@@ -33,7 +34,7 @@ def list_(as_json: JsonFlag = False) -> None:
         return
     grid = table("id", "adds", "in PEFT", "merges", "paper")
     for name, method in METHODS.items():
-        row(grid, name, method.ADDS, method.PEFT_TYPE or "–", "yes" if method.MERGES else "no", method.PAPER)
+        row(grid, name, method.adds, method.peft_type or "–", "yes" if method.merges else "no", method.paper)
     out.print(grid)
 
 
@@ -43,14 +44,54 @@ def show(
 ) -> None:
     """Explain one method and its options."""
     import inspect
+    import sys
 
     from edgepeft.errors import UsageError
     from edgepeft.methods import METHODS
 
     if name not in METHODS:
         raise UsageError(f"unknown method {name!r}", where="methods", hint="Known: " + ", ".join(METHODS))
-    text = inspect.getdoc(METHODS[name]) or name
+    method = METHODS[name]
+    text = inspect.getdoc(sys.modules[type(method).__module__]) or name
+    options = [
+        {"field": field.name, "default": field.default, "what": what} for field, what in _fields(method.config_type)
+    ]
     if as_json:
-        print_json({"id": name, "text": text})
-    else:
-        line(text)
+        print_json({"id": name, "text": text, "settings": options})
+        return
+    line(text)
+    if options:
+        line()
+        line(f"Settings, as in: edgepeft train … --method {name} --set {options[0]['field']}=…", "bold")
+        grid = table("field", "default", "what")
+        for option in options:
+            default = option["default"]
+            row(
+                grid,
+                option["field"],
+                ", ".join(default) if isinstance(default, tuple) else str(default),
+                option["what"],
+            )
+        out.print(grid)
+
+
+def _fields(kind: Any) -> list[tuple[Any, str]]:
+    """A config's fields, each with the docstring under it."""
+    import ast
+    import inspect
+    import textwrap
+
+    import msgspec
+
+    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    told: dict[str, str] = {}
+    for statement, after in itertools.pairwise(body.body):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(after, ast.Expr)
+            and isinstance(after.value, ast.Constant)
+        ):
+            told[statement.target.id] = " ".join(str(after.value.value).split())
+    return [(field, told.get(field.name, "")) for field in msgspec.structs.fields(kind)]

@@ -49,6 +49,14 @@ class PlanOptions(msgspec.Struct, frozen=True):
         str | None,
         typer.Option("--from", help="Adapter to go on from: NAME, NAME@v2 or a folder.", show_default=False),
     ] = None
+    method: Annotated[
+        str | None,
+        typer.Option("--method", help="PEFT method, as methods list shows them; lora by itself.", show_default=False),
+    ] = None
+    set: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="FIELD=VALUE of the method; repeatable. See methods show.", show_default=False),
+    ] = None
     rank: Annotated[int | None, typer.Option("--rank", help="LoRA rank.", show_default=False)] = None
     alpha: Annotated[float | None, typer.Option("--alpha", help="LoRA alpha.", show_default=False)] = None
     targets: Annotated[

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import msgspec
 
 from edgepeft.errors import UsageError
+from edgepeft.methods import METHODS
 from edgepeft.plan.upkeep import check_prompts
 from edgepeft.spec import Checkpointing, ComputeDtype, Keep, OptimizerName, Overlong, Precision
 from edgepeft.units import parse_seconds
@@ -16,6 +17,7 @@ Pins = dict[str, Any]
 """Option name, with underscores → typed value, of the right type and in range."""
 
 _WORDS: dict[str, tuple[str, ...]] = {
+    "method": tuple(METHODS),
     "precision": get_args(Precision),
     "compute_dtype": get_args(ComputeDtype),
     "overlong": get_args(Overlong),
@@ -41,6 +43,8 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "alpha": (0, 1e6, "Twice the rank is usual"),
 }
 _SWITCHES = ("deterministic",)
+_SHARED = ("rank", "alpha", "dropout", "targets")
+"""Settings of methods that are options too."""
 _SHARES = ("dropout", "warmup", "eval_fraction")
 
 
@@ -50,8 +54,10 @@ def check_pins(overrides: dict[str, Any]) -> Pins:
     Raises:
         UsageError: one of them cannot be meant; the message names the option.
     """
-    pins: Pins = {}
-    for name, value in overrides.items():
+    pins: Pins = {"settings": {}}
+    settings = _settings(overrides.get("set", ()))
+    shared = {name: settings.pop(name) for name in _SHARED if name in settings}
+    for name, value in {**shared, **overrides}.items():
         where = "--" + name.replace("_", "-")
         if name in _WORDS:
             pins[name] = _word(where, value, _WORDS[name])
@@ -74,9 +80,25 @@ def check_pins(overrides: dict[str, Any]) -> Pins:
             pins[name] = check_prompts(where, value)
         elif name == "targets":
             pins[name] = _targets(where, value)
+        elif name == "set":
+            pins["settings"] = settings
         else:
             raise UsageError("unknown option", where=where)
     return pins
+
+
+def _settings(typed: Any) -> dict[str, Any]:
+    """FIELD=VALUE as a person types it, or a mapping."""
+    if isinstance(typed, dict):
+        return dict(typed)
+    found: dict[str, Any] = {}
+    for text in typed:
+        name, mark, value = str(text).partition("=")
+        if not mark or not name.strip() or not value.strip():
+            hint = "Write FIELD=VALUE, such as reduction=8; edgepeft methods show ID lists the fields"
+            raise UsageError(f"{text!r} is no setting of a method", where="--set", hint=hint)
+        found[name.strip().replace("-", "_")] = value.strip()
+    return found
 
 
 def _word(where: str, value: Any, known: tuple[str, ...]) -> str:
@@ -87,21 +109,30 @@ def _word(where: str, value: Any, known: tuple[str, ...]) -> str:
 
 
 def _count(where: str, value: Any, least: int) -> int:
+    if isinstance(value, str) and value.isdecimal():
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise UsageError(f"{value!r} is not possible", where=where, hint=f"Give a whole number of at least {least}")
     return value
 
 
 def _number(where: str, value: Any, low: float, high: float, hint: str, *, above: bool) -> float:
-    number = float(value)
+    number = _float(where, value)
     inside = math.isfinite(number) and (low < number if above else low <= number) and number <= high
     if not inside:
         raise UsageError(f"{value!r} is not possible", where=where, hint=hint)
     return number
 
 
+def _float(where: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise UsageError(f"{value!r} is no number", where=where, hint="Write it like 0.1") from None
+
+
 def _share(where: str, value: Any) -> float:
-    number = float(value)
+    number = _float(where, value)
     if not 0 <= number < 1:
         raise UsageError(f"{value!r} is not a share", where=where, hint="Give a number from 0 to below 1")
     return number

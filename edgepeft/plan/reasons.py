@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from edgepeft.errors import BadInput
 from edgepeft.library.parent import TAKEN_OVER
-from edgepeft.methods import method_of
+from edgepeft.methods import METHODS, LoraConfig, MethodConfig, count_parameters, id_of
 from edgepeft.plan.speed import OFFLOAD_SPEED, say_time
 from edgepeft.plan.train_plan import Choice, DataSummary, Origin
 from edgepeft.plan.upkeep import upkeep_reasons, upkeep_values
@@ -60,10 +60,8 @@ def shown_values(spec: RunSpec) -> dict[str, str]:
         "compute-dtype": recipe.compute_dtype,
         "max-seq-len": f"{recipe.max_seq_len:,}",
         "overlong": recipe.overlong,
-        "rank": str(config.rank),
-        "alpha": f"{config.alpha:g}",
-        "targets": ", ".join(config.targets),
-        "dropout": f"{config.dropout:g}",
+        "method": id_of(config),
+        **method_values(config),
         "micro-batch-tokens": f"{layout.micro_batch_tokens:,}",
         "checkpointing": layout.checkpointing,
         "loss-chunk-tokens": str(layout.loss_chunk_tokens),
@@ -80,6 +78,19 @@ def shown_values(spec: RunSpec) -> dict[str, str]:
         **upkeep_values(spec.upkeep),
         "seed": str(recipe.seed),
     }
+
+
+def method_values(config: MethodConfig) -> dict[str, str]:
+    """What a method's config decides, by option name, as people write it."""
+    return {name.replace("_", "-"): _shown(getattr(config, name)) for name in config.__struct_fields__}
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def describe(
@@ -107,7 +118,7 @@ def describe(
         value = values[what]
         if parent is not None and what in TAKEN_OVER:
             found.append(Choice(what, value, "user", f"as {parent.ref.adapter} has it"))
-        elif what.replace("-", "_") not in pins:
+        elif what.replace("-", "_") not in {**pins, **pins["settings"]}:
             found.append(Choice(what, value, origin, why))
         elif what == "max-seq-len" and pins["max_seq_len"] > chosen.max_seq_len:
             found.append(Choice(what, value, "user", f"{pins['max_seq_len']:,} typed; the model's context ends here"))
@@ -119,17 +130,19 @@ def describe(
     add("max-seq-len", _length_why(search, chosen, data), "auto" if data else "preset")
     add("overlong", _overlong_why(data))
     config = recipe.method
-    parameters = method_of(config).count_parameters(config, search.shape)
+    parameters = count_parameters(config, search.shape)
     share = format_share(parameters / search.shape.parameters, digits=2)
     trains = f"{format_count(parameters)} parameters, {share} of the base"
-    add(
-        "rank",
-        f"{_rank_why(search, chosen)}; {trains}",
-        "preset" if config.rank == search.ranks[0] else "auto",
-    )
-    add("alpha", "twice the rank")
-    add("targets", preset.targets.description, "preset")
-    add("dropout", preset.dropout.description, "preset")
+    if isinstance(config, LoraConfig):
+        origin: Origin = "preset" if config.rank == search.ranks[0] else "auto"
+        add("rank", f"{_rank_why(search, chosen)}; {trains}", origin)
+        add("alpha", "twice the rank")
+        add("targets", preset.targets.description, "preset")
+        add("dropout", preset.dropout.description, "preset")
+    else:
+        found.append(Choice("method", id_of(config), "user", trains))
+        for name in method_values(config):
+            add(name, "the method's default", "preset")
     add("micro-batch-tokens", _micro_batch_why(search, chosen))
     add("checkpointing", _checkpointing_why(search, chosen))
     add("loss-chunk-tokens", _chunk_why(search, chosen))
@@ -319,5 +332,6 @@ def _epochs_why(search: Search, recipe: Recipe) -> tuple[str, Origin]:
 
 
 def _rate_why(search: Search) -> str:
-    base = search.request.preset.learning_rate.value
-    return f"{base:g} at width 4,096; this model is {search.shape.hidden:,} wide"
+    base, factor = search.request.preset.learning_rate.value, METHODS[search.method_id].rate
+    usual = "" if factor == 1 else f", times {factor:g} for {search.method_id}"
+    return f"{base:g} at width 4,096; this model is {search.shape.hidden:,} wide{usual}"

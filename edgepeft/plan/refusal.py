@@ -94,8 +94,8 @@ class NothingFits(DoesNotFit):
         if self._base > budget / 2:
             ways.append(f"a smaller model: this base alone takes {format_bytes(self._base)} in {found.precision}")
         super().__init__(
-            f"{request.entry.name} needs {format_bytes(self._needed)} at the least ({found.precision}, rank "
-            f"{found.rank}, {found.max_seq_len:,} tokens, checkpointing {found.checkpointing}), "
+            f"{request.entry.name} needs {format_bytes(self._needed)} at the least ({found.precision}, "
+            f"{rank_words(found.rank)}{found.max_seq_len:,} tokens, checkpointing {found.checkpointing}), "
             f"{format_bytes(max(0, self._needed - budget))} more than the budget of {format_bytes(budget)}",
             hint="What would help: " + "; ".join(ways),
         )
@@ -146,7 +146,7 @@ class NothingFits(DoesNotFit):
             f"{told.model} does not fit {told.device}: the budget is {budget}{why}",
             f"Its base alone takes {format_bytes(told.base_bytes)} in {told.precision}"
             + (", more than all of that" if too_large else ""),
-            f"{'Even with' if told.rank <= 8 else 'With'} rank {told.rank}, {told.max_seq_len:,} tokens and "
+            f"{'Even with' if told.rank <= 8 else 'With'} {rank_words(told.rank)}{told.max_seq_len:,} tokens and "
             f"{_MODES[told.checkpointing]} a run needs {needed}, {over} "
             "more than the budget",
         )
@@ -290,7 +290,12 @@ def _model_way(name: str, parameters: int | None, found: Candidate) -> Way:
 
 
 def _how(found: Candidate) -> str:
-    return f"{found.precision}, rank {found.rank}, {found.max_seq_len:,} tokens"
+    return f"{found.precision}, {rank_words(found.rank)}{found.max_seq_len:,} tokens"
+
+
+def rank_words(rank: int) -> str:
+    """The rank in a list of values; nothing where memory does not decide one."""
+    return f"rank {rank}, " if rank else ""
 
 
 def _wrapped(text: str, width: int, first: str, rest: str) -> list[str]:

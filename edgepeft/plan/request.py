@@ -58,6 +58,7 @@ class Candidate(msgspec.Struct, frozen=True):
     max_seq_len: int
     precision: Precision
     rank: int
+    """0 for a method whose size memory does not decide."""
     micro_batch_tokens: int
     checkpointing: Checkpointing
     loss_chunk_tokens: int

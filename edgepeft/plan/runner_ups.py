@@ -49,9 +49,11 @@ def runner_ups(search: Search, chosen: Candidate, spec: RunSpec, time: RunTime |
         better = search.precisions[place - 1]
         # Only another rank or layout than the chosen one can make it fit.
         collected.add(
-            f"precision {better}", search.fastest(length, better, search.ranks[-1]), "only with a smaller rank"
+            f"precision {better}",
+            search.fastest(length, better, search.ranks[-1]),
+            "only with a smaller rank" if rank else "only in a leaner layout",
         )
-    if "rank" not in search.pins:
+    if rank and "rank" not in search.pins:
         larger = search.ranks[search.ranks.index(rank) - 1] if rank != search.ranks[0] else 2 * rank
         if rank_possible(search, larger):
             same = msgspec.structs.replace(chosen, rank=larger)

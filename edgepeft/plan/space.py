@@ -7,7 +7,7 @@ import math
 from typing import cast
 
 from edgepeft.errors import UsageError
-from edgepeft.methods import LoraConfig, method_of
+from edgepeft.methods import METHODS, MethodConfig, count_parameters, id_of, make_config
 from edgepeft.plan.pins import Pins, check_pins
 from edgepeft.plan.request import Candidate, PlanRequest
 from edgepeft.spec import (
@@ -29,6 +29,8 @@ RATE_EXPONENT = 0.82
 """The learning rate goes as width^-0.82: through 2e-4 at 4,096 (QLoRA's rate for Llama-7B, arXiv 2305.14314, which
 lowers it to 1e-4 from 6,656 on) and 1e-3 at 576, found by trial on the embedded model."""
 LARGEST_RATE = 2e-3
+RANKED = ("lora",)
+"""Methods whose rank memory decides."""
 
 
 class Space:
@@ -40,10 +42,13 @@ class Space:
         self.shape = request.entry.shape
         self.compute_dtype: ComputeDtype = self.pins.get("compute_dtype", request.device.compute_dtype)
         self.precisions = self._possible_precisions()
+        parent = request.parent
+        self.method_id: str = self.pins.get("method", "lora") if parent is None else id_of(parent.method)
         self.ranks = self._possible_ranks()
-        self.targets: tuple[str, ...] = self.pins.get("targets", request.preset.targets.value)
+        # 0 alone for a method whose size memory does not decide.
         self.samples_per_step = self._samples_per_step()
-        method_of(self.method(self.ranks[-1])).targeted(self.method(self.ranks[-1]), self.shape)
+        # Refuses what does not suit the model.
+        count_parameters(self.method(self.ranks[-1]), self.shape)
 
     # What may be chosen ------------------------------------------------------------------------------------------
 
@@ -72,6 +77,8 @@ class Space:
         return tuple(dict.fromkeys(found))
 
     def _possible_ranks(self) -> tuple[int, ...]:
+        if self.method_id not in RANKED:
+            return (0,)
         if "rank" in self.pins:
             return (self.pins["rank"],)
         smallest = min(min(linear.in_features, linear.out_features) for linear in self.shape.adaptable)
@@ -110,16 +117,20 @@ class Space:
 
     # What a candidate stands for ---------------------------------------------------------------------------------
 
-    def method(self, rank: int) -> LoraConfig:
-        """The method's config at a rank."""
+    def method(self, rank: int) -> MethodConfig:
+        """The method's config, at a rank where memory decides it."""
         if self.request.parent is not None:
             return self.request.parent.method
-        return LoraConfig(
-            rank=rank,
-            alpha=self.pins.get("alpha", 2.0 * rank),
-            targets=self.targets,
-            dropout=self.pins.get("dropout", self.request.preset.dropout.value),
-        )
+        options = ("rank", "alpha", "targets", "dropout")
+        settings: dict[str, object] = {name: self.pins[name] for name in options if name in self.pins}
+        settings |= self.pins["settings"]
+        if self.method_id in RANKED:
+            preset = self.request.preset
+            settings.setdefault("alpha", 2.0 * rank)
+            settings.setdefault("targets", preset.targets.value)
+            settings.setdefault("dropout", preset.dropout.value)
+            settings["rank"] = rank
+        return make_config(self.method_id, settings)
 
     def spec(self, candidate: Candidate) -> RunSpec:
         """The run of a candidate."""
@@ -179,4 +190,5 @@ class Space:
         if "learning_rate" in self.pins:
             return float(self.pins["learning_rate"])
         factor = (WIDTH_OF_PRESET_RATE / self.shape.hidden) ** RATE_EXPONENT
-        return min(LARGEST_RATE, float(f"{self.request.preset.learning_rate.value * factor:.1e}"))
+        rate = min(LARGEST_RATE, self.request.preset.learning_rate.value * factor)
+        return float(f"{rate * METHODS[self.method_id].rate:.1e}")

@@ -15,7 +15,7 @@ import numpy as np
 
 from edgepeft.data.schedule import step_samples, steps_per_epoch
 from edgepeft.memory.calibration import Observation, observations
-from edgepeft.methods import method_of
+from edgepeft.methods import count_parameters
 from edgepeft.models.quantized_copy import usable_copy_bytes
 from edgepeft.models.shape import ModelShape
 from edgepeft.plan.workloads import Counts, StepList
@@ -170,7 +170,7 @@ def _operations(
 ) -> float:
     """Operations of samples that run `times` times each through every layer, `passes` forwards' worth each time."""
     weights = shape.layers * shape.linear_parameters_per_layer
-    adapter = method_of(spec.recipe.method).count_parameters(spec.recipe.method, shape)
+    adapter = count_parameters(spec.recipe.method, shape)
     all_tokens = float((tokens * times).sum())
     # Of causal scores one half is needed: two products of length² / 2 entries for each head's width.
     squares = float((tokens.astype(np.float64) ** 2 * times).sum())
