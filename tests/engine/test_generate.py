@@ -16,7 +16,7 @@ from edgepeft.engine.inference.generate import generate, generate_batch
 from edgepeft.engine.inference.score import score_losses
 from edgepeft.engine.inference.session import Session
 from edgepeft.engine.methods import attach, detach
-from edgepeft.engine.methods.peft_files import save_adapter
+from edgepeft.engine.methods.files import save_adapter
 from edgepeft.engine.model.load import LoadedModel, load_model
 from edgepeft.errors import BadInput, DoesNotFit, Interrupted, OutOfMemory
 from edgepeft.methods import LoraConfig

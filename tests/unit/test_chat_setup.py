@@ -54,8 +54,8 @@ def test_a_plain_peft_folder_is_warned_about(entry: ModelEntry, folder: Path, tm
     lost = write_peft_folder(tmp_path / "lost", entry.shape, base_model_name_or_path="who/knows")
     with pytest.raises(BadInput, match="who/knows"):
         choose_setup(None, [parse_adapter(str(lost))], gpu="cpu")
-    other_kind = write_peft_folder(tmp_path / "ia3", entry.shape, peft_type="IA3")
-    with pytest.raises(BadInput, match="of the type IA3, and only LORA"):
+    other_kind = write_peft_folder(tmp_path / "vera", entry.shape, peft_type="VERA")
+    with pytest.raises(BadInput, match="type VERA, which cannot be loaded"):
         choose_setup(None, [parse_adapter(str(other_kind))], gpu="cpu")
     nameless = write_peft_folder(tmp_path / "nameless", entry.shape, base_model_name_or_path=None)
     with pytest.raises(BadInput, match="which base"):

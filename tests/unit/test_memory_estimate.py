@@ -15,7 +15,7 @@ from edgepeft.memory.target import Target
 from edgepeft.memory.unseen import unseen_bytes
 from edgepeft.memory.weights import base_bytes, matrix_bytes
 from edgepeft.memory.workload import full_workload
-from edgepeft.methods import LoraConfig, method_of
+from edgepeft.methods import LoraConfig, count_parameters, method_of
 from edgepeft.models.shape import LinearShape
 from edgepeft.units import GIB
 from shapes import LLAMA_8B, SMOLLM2, llama_shape, run_spec
@@ -79,7 +79,7 @@ def test_cpu_has_no_context_and_cuda_has_one():
 def test_adapter_gradient_and_optimizer_are_float32():
     step = estimate(SMOLLM2, device="cpu", longest=64, rank=8).phases[1]
     config = LoraConfig(rank=8)
-    parameters = method_of(config).count_parameters(config, SMOLLM2)
+    parameters = count_parameters(config, SMOLLM2)
     assert step.bytes_by_category["adapter weights"] == 4 * parameters
     assert step.bytes_by_category["gradients"] == 4 * parameters
     steps = 2 * 4 * 7 * SMOLLM2.layers
@@ -144,7 +144,7 @@ def test_a_single_row_gets_no_adapter():
     shape = msgspec.structs.replace(SMOLLM2, linears=(*SMOLLM2.linears, gate))
     config = LoraConfig(rank=16)
     assert method_of(config).targeted(config, shape) == SMOLLM2.linears
-    assert method_of(config).count_parameters(config, shape) == method_of(config).count_parameters(config, SMOLLM2)
+    assert count_parameters(config, shape) == count_parameters(config, SMOLLM2)
     with pytest.raises(UsageError, match="matches no linear"):
         method_of(config).targeted(LoraConfig(targets=("shared_expert_gate",)), shape)
 

@@ -190,5 +190,5 @@ def test_a_tape_leaves_no_cycles_behind():
 
 
 def linear_plan(in_bytes: int = 8, out_bytes: int = 20) -> LinearPlan:
-    update = LinearTerms(parameters=3, tensors=2, kept_bytes=3)
+    update = LinearTerms(parameters=3, kept_bytes=3)
     return LinearPlan(in_bytes=in_bytes, out_bytes=out_bytes, scratch_bytes=0, update=update)

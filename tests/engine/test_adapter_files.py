@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from edgepeft.engine.methods import attach, set_active
-from edgepeft.engine.methods.peft_files import read_adapter, save_adapter
+from edgepeft.engine.methods.files import read_adapter, save_adapter
 from edgepeft.engine.model.load import LoadedModel, load_model
 from edgepeft.errors import BadInput
 from edgepeft.methods import LoraConfig
@@ -201,7 +201,7 @@ def only_pickle(folder: Path) -> None:
         ),
         (change_tensors(lambda t: t.clear()), "holds no tensors"),
         (change_config(r=8), "this model needs 8×64"),
-        (change_config(peft_type="IA3"), "type IA3, only LORA"),
+        (change_config(peft_type="VERA"), "type VERA, which cannot be loaded"),
         (change_config(use_dora=True), "uses DoRA"),
         (change_config(bias="all"), "trained biases"),
         (change_config(modules_to_save=["lm_head"]), "modules_to_save"),

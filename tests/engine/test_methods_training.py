@@ -1,0 +1,69 @@
+"""Whole runs of every method on a tiny model: they learn, resume to the bit, and what they publish can be used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from edgepeft.engine.methods import set_active
+from edgepeft.engine.methods.files import read_adapter
+from edgepeft.engine.model.load import load_model
+from edgepeft.library.parent import find_parent
+from edgepeft.library.store import check_base, resolve_adapter
+from edgepeft.methods import LoraConfig, count_parameters
+from edgepeft.methods.bottleneck import BottleneckConfig
+from edgepeft.methods.compacter import CompacterConfig
+from edgepeft.methods.ia3 import Ia3Config
+from edgepeft.methods.norm import NormConfig
+from edgepeft.models.store import ModelEntry
+from edgepeft.runs.control import request
+from edgepeft.runs.events import Finished, Started, StepDone
+from edgepeft.spec import Optimizer
+from training_runs import of_type, tiny_base, tiny_run, train
+
+CONFIGS: dict[str, Any] = {
+    "lora": LoraConfig(rank=4),
+    "houlsby": BottleneckConfig(reduction=4),
+    "parallel": BottleneckConfig("parallel", reduction=4),
+    "compacter": CompacterConfig(reduction=4),
+    "ia3": Ia3Config(),
+    "norm": NormConfig(),
+}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> ModelEntry:
+    return tiny_base(tmp_path)
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+def test_a_run_learns_resumes_to_the_bit_and_publishes(tmp_path: Path, base: ModelEntry, config: Any) -> None:
+    options = {"method": config, "checkpoint_steps": 2, "optimizer": Optimizer(learning_rate=2e-2), "max_steps": 8}
+    whole, parts = tiny_run(tmp_path, base, "whole", **options), tiny_run(tmp_path, base, "parts", **options)
+    steps = of_type(train(whole), StepDone)
+    assert steps[-1].loss < steps[0].loss - 0.02
+
+    def stop(event: Any) -> None:
+        if isinstance(event, StepDone) and event.step == 3:
+            request(parts, "stop")
+
+    train(parts, stop)
+    events = train(parts)
+    assert of_type(events, Started)[0].step == 3
+    assert of_type(events, Finished)[0].published == "parts@v1"
+    first, second = resolve_adapter("whole@v1"), resolve_adapter("parts@v1")
+    assert first.weights.read_bytes() == second.weights.read_bytes()
+    assert first.card is not None
+    assert first.card.recipe.method == config
+    assert first.card.trainable_parameters == count_parameters(config, base.shape)
+    assert check_base(first, base) == []
+    assert find_parent("whole@v1", base).method == config
+    loaded = load_model(base, precision="fp32", compute_dtype="fp32", device=torch.device("cpu"))
+    adapter = read_adapter(first.path, loaded, "a")
+    set_active(loaded, [("a", 1.0)])
+    assert [parameter.name.removeprefix("base_model.model.") for parameter in first.card.parameters] == list(
+        adapter.named_parameters()
+    )

@@ -1,0 +1,145 @@
+"""Methods that PEFT has too: its files load here and ours load there, with the same logits and gradients."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import IA3Config, LNTuningConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from edgepeft.engine.methods import attach, set_active
+from edgepeft.engine.methods.files import read_adapter, save_adapter
+from edgepeft.engine.model.load import LoadedModel, load_model
+from edgepeft.errors import BadInput
+from edgepeft.methods.bottleneck import BottleneckConfig
+from edgepeft.methods.ia3 import Ia3Config
+from edgepeft.methods.norm import NormConfig
+from edgepeft.models.store import ensure_model
+
+CPU = torch.device("cpu")
+IDS = torch.randint(0, 250, (2, 19), generator=torch.Generator().manual_seed(5))
+
+
+def load(folder: Path) -> LoadedModel:
+    return load_model(ensure_model(str(folder)), precision="fp32", compute_dtype="fp32", device=CPU)
+
+
+def logits(loaded: LoadedModel, *names: str) -> Tensor:
+    set_active(loaded, [(name, 1.0) for name in names])
+    with torch.no_grad():
+        out: Tensor = loaded.model(IDS).logits
+    return out
+
+
+def move(parameters: Any) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter += torch.randn(parameter.shape, generator=generator) * 0.1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        IA3Config(target_modules=["k_proj", "v_proj", "down_proj"], feedforward_modules=["down_proj"]),
+        IA3Config(target_modules=["q_proj", "up_proj"], feedforward_modules=[]),
+        LNTuningConfig(target_modules=["input_layernorm", "post_attention_layernorm", "norm"]),
+        LNTuningConfig(target_modules=["post_attention_layernorm"]),
+    ],
+    ids=["ia3", "ia3 of results", "norm", "one norm"],
+)
+def test_pefts_adapter_loads_here_and_ours_loads_there(tiny_model: Path, tmp_path: Path, settings: Any) -> None:
+    settings.task_type = "CAUSAL_LM"
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    theirs = get_peft_model(base, settings).eval()
+    move(parameter for parameter in theirs.parameters() if parameter.requires_grad)
+    theirs.save_pretrained(tmp_path / "theirs")
+    with torch.no_grad():
+        expected = theirs(IDS).logits
+    loaded = load(tiny_model)
+    adapter = read_adapter(tmp_path / "theirs", loaded, "t")
+    torch.testing.assert_close(logits(loaded, "t"), expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(logits(loaded), expected, atol=1e-3)
+    save_adapter(tmp_path / "ours", adapter, "tiny")
+    fresh = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    back = PeftModel.from_pretrained(fresh, tmp_path / "ours").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(back(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", [Ia3Config(), NormConfig()], ids=["ia3", "norm"])
+def test_gradients_are_pefts(tiny_model: Path, tmp_path: Path, config: Any) -> None:
+    loaded = load(tiny_model)
+    adapter = attach(loaded, "a", config, seed=0)
+    move(adapter.named_parameters().values())
+    save_adapter(tmp_path / "ours", adapter, "tiny")
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    twin = PeftModel.from_pretrained(base, tmp_path / "ours", is_trainable=True)
+    set_active(loaded, [("a", 1.0)])
+    for model in (loaded.model, twin):
+        model(input_ids=IDS, labels=IDS).loss.backward()
+    theirs = {name: p.grad for name, p in twin.named_parameters() if p.grad is not None}
+    own = adapter.named_parameters()
+    assert len(theirs) == len(own)
+    for name, parameter in own.items():
+        module = name.removesuffix(".ln_tuning_layers.weight").removesuffix(".ia3_l")
+        found = next(value for key, value in theirs.items() if f".{module}." in key)
+        assert parameter.grad is not None
+        torch.testing.assert_close(parameter.grad, found, rtol=1e-4, atol=1e-6)
+
+
+def change_config(**changes: Any) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+def change_tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[Path], None]:
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "adapter_model.safetensors")
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("config", "damage", "message"),
+    [
+        (Ia3Config(), change_config(target_modules="all-linear"), "must be lists"),
+        (Ia3Config(), change_config(target_modules=["k_proj", "wo"]), "target 'wo' matches no linear"),
+        (Ia3Config(), change_tensors(lambda tensors: tensors.popitem()), "is missing"),
+        (NormConfig(), change_tensors(lambda tensors: tensors.update(other=torch.ones(3))), "other fits no layer"),
+        (
+            BottleneckConfig(),
+            change_config(edgepeft={"type": "bottleneck", "reduction": 4.0}),
+            "this model needs 16×64",
+        ),
+        (BottleneckConfig(), change_config(edgepeft={"type": "bottleneck", "width": 4}), "unknown field `width`"),
+        (BottleneckConfig(), change_config(edgepeft=None), "Expected `object`"),
+        (BottleneckConfig(), change_config(peft_type="EDGEPEFT_OTHER"), "type EDGEPEFT_OTHER, which cannot be loaded"),
+        (
+            BottleneckConfig(),
+            change_tensors(lambda tensors: next(iter(tensors.values())).fill_(float("nan"))),
+            "not finite numbers",
+        ),
+    ],
+)
+def test_a_damaged_adapter_is_refused_and_nothing_is_attached(
+    tiny_model: Path, tmp_path: Path, config: Any, damage: Callable[[Path], None], message: str
+) -> None:
+    loaded = load(tiny_model)
+    save_adapter(tmp_path, attach(loaded, "a", config, seed=0), "tiny")
+    damage(tmp_path)
+    with pytest.raises(BadInput, match=message):
+        read_adapter(tmp_path, loaded, "b")
+    assert not any("b" in site.adapters for site in loaded.sites().values())
