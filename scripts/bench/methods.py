@@ -1,0 +1,157 @@
+"""Every PEFT method on one data set: what it trains, how fast, in how much memory, and what it learns.
+
+    python scripts/bench/methods.py [--methods NAME …] [--precisions bf16 nf4] [--epochs 2] [--seed 0] [--limit N]
+        [--model NAME] [--json FILE]
+
+Each row is a whole run through the command line: `train` on the demo's alerts of a database (the same samples in the
+same order for every method, at the method's usual learning rate), then `eval` on alerts in wordings that were never
+trained. The peak is live tensor bytes, base included, as predicted before and as measured; swap is what a chat process
+needs to make a resident adapter act, and to read it first. Needs the embedded model's wheel unless --model is given.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+VARIANTS = {
+    "lora": ["--method", "lora", "--rank", "16"],
+    "houlsby": ["--method", "bottleneck", "--set", "reduction=16"],
+    "pfeiffer": ["--method", "bottleneck", "--set", "placement=pfeiffer", "--set", "reduction=8"],
+    "parallel": ["--method", "bottleneck", "--set", "placement=parallel", "--set", "reduction=8", "--set", "scale=4"],
+    "compacter": ["--method", "compacter", "--set", "reduction=8"],
+    "ia3": ["--method", "ia3"],
+    "norm": ["--method", "norm"],
+}
+"""What is compared, and the options that make it."""
+SWAPS = 20
+ANSWER_TOKENS = 80
+"""Longer than any right answer."""
+
+
+def parse(arguments):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--methods", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    parser.add_argument("--precisions", nargs="+", default=["bf16", "nf4"], metavar="PRECISION")
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--epochs", type=float, default=2.0)
+    parser.add_argument("--samples-per-step", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--limit", type=int, help="held-out alerts that are scored, at the most")
+    parser.add_argument("--json", metavar="FILE", help="write all figures")
+    return parser.parse_args(arguments)
+
+
+def edgepeft(*words):
+    """What a command prints with --json."""
+    done = subprocess.run(
+        [sys.executable, "-m", "edgepeft", *words, "--json"], stdout=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode:
+        sys.exit(f"edgepeft {' '.join(words)} ended with {done.returncode}")
+    return json.loads(done.stdout)
+
+
+def swap_seconds(model, precision, folder):
+    """Seconds to read an adapter into a loaded base, and the median of making it act once it is there."""
+    import torch
+
+    from edgepeft.chat.protocol import AdapterUse
+    from edgepeft.engine.inference.session import Session
+    from edgepeft.engine.model.load import load_model
+    from edgepeft.models.store import ensure_model
+
+    loaded = load_model(
+        ensure_model(model), precision=precision, compute_dtype="bf16", device=torch.device("cpu"), dense_values=True
+    )
+    session, use = Session(loaded), [AdapterUse(folder=str(folder))]
+    begun = time.perf_counter()
+    session.activate(use)
+    read = time.perf_counter() - begun
+    found = []
+    for _ in range(SWAPS):
+        session.activate([])
+        begun = time.perf_counter()
+        session.activate(use)
+        found.append(time.perf_counter() - begun)
+    return read, statistics.median(found)
+
+
+def measure(name, precision, task, train_file, held_out):
+    """One row."""
+    from edgepeft.library.store import resolve_adapter
+    from edgepeft.models.store import ensure_model
+
+    adapter = f"bench-{name}-{precision}"
+    finished = edgepeft(
+        *("train", task.model, str(train_file), "--name", adapter, "--precision", precision, *VARIANTS[name]),
+        *("--eval-data", str(held_out), "--eval-every", "0", "--micro-batch-tokens", "1024"),
+        *("--epochs", str(task.epochs), "--samples-per-step", str(task.samples_per_step), "--seed", str(task.seed)),
+    )
+    limit = ["--limit", str(task.limit)] if task.limit else []
+    scores = edgepeft(
+        *("eval", "--adapter", adapter, "--data", str(held_out), "--max-new-tokens", str(ANSWER_TOKENS)), *limit
+    )
+    found = resolve_adapter(adapter)
+    read, swap = swap_seconds(task.model, precision, found.path)
+    shape = ensure_model(task.model).shape
+    return {
+        "method": name,
+        "precision": precision,
+        "parameters": found.card.trainable_parameters,
+        "share": found.card.trainable_parameters / shape.parameters,
+        "learning_rate": found.card.recipe.optimizer.learning_rate,
+        "tokens_per_second": finished["tokens_per_second"],
+        "predicted_peak_bytes": finished["predicted_peak_bytes"],
+        "measured_peak_bytes": finished["measured_peak_bytes"],
+        "held_out_loss": scores["loss"],
+        "valid_json": scores["valid_json"],
+        "field_accuracy": scores["field_accuracy"],
+        "exact_match": scores["exact_match"],
+        "file_bytes": found.weights.stat().st_size,
+        "read_seconds": read,
+        "swap_seconds": swap,
+    }
+
+
+def show(rows):
+    """The table, as scripts/bench/README.md keeps it."""
+    print(
+        "| method | base | trains | share | tokens/s | peak predicted, measured | fields right | loss | file | swap |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        peak = f"{row['predicted_peak_bytes'] / 2**20:.0f}, {row['measured_peak_bytes'] / 2**20:.0f} MiB"
+        print(
+            f"| {row['method']} | {row['precision']} | {row['parameters']:,} | {row['share']:.2%} | "
+            f"{row['tokens_per_second']:.0f} | {peak} | {row['field_accuracy']:.1%} | {row['held_out_loss']:.3f} | "
+            f"{row['file_bytes'] / 2**20:.2f} MiB | {1000 * row['swap_seconds']:.1f} ms |"
+        )
+
+
+def main(arguments):
+    task = parse(arguments)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from edgepeft.demo.tour import demo_files
+
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        # A home of its own: neither calibration nor adapters of this machine's user take part.
+        os.environ["EDGEPEFT_HOME"] = folder
+        train_file, held_out = demo_files(task.seed)
+        for precision in task.precisions:
+            for name in task.methods:
+                rows.append(measure(name, precision, task, train_file, held_out))
+                print(f"{name}, {precision}: {rows[-1]['field_accuracy']:.1%} of fields right", file=sys.stderr)
+                if task.json:
+                    Path(task.json).write_text(json.dumps({"rows": rows}, indent=2))
+    show(rows)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
