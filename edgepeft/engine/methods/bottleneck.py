@@ -11,17 +11,17 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from edgepeft.engine.methods import own_files
 from edgepeft.engine.methods.adapter import Parts
 from edgepeft.engine.methods.seeds import generator_of
+from edgepeft.engine.model.activation import Activation, act, act_backward
 from edgepeft.engine.model.load import LoadedModel
 from edgepeft.engine.model.sites import Branch
 from edgepeft.errors import UsageError
-from edgepeft.methods.bottleneck import Activation, BottleneckConfig
+from edgepeft.methods.bottleneck import BottleneckConfig
 
 settings_of = own_files.settings_of
 
@@ -116,7 +116,7 @@ class _Bottleneck(torch.autograd.Function):
     ) -> Tensor:
         read = y if x is None else x
         inner = update.down.apply(_rows(read))
-        out = update.up.apply(_act(inner, update.activation))
+        out = update.up.apply(act(inner, update.activation, torch.empty_like(inner)))
         out = out.mul_(scale).add_(_rows(y)).view_as(y)
         ctx.update, ctx.scale, ctx.beside = update, scale, x is not None
         # The trained tensors are saved too, so that autograd notices when one changes before backward.
@@ -130,12 +130,12 @@ class _Bottleneck(torch.autograd.Function):
         update, rows, g = ctx.update, _rows(read), _rows(gradient)
         # A factor of 1 is the usual one; any other needs a copy.
         scaled = g if ctx.scale == 1 else g * ctx.scale
-        hidden = _act(inner, update.activation)
+        hidden = act(inner, update.activation, torch.empty_like(inner))
         up = update.up.gradients(hidden, scaled)
         del hidden
         g_inner = update.up.back(scaled)
         del scaled
-        _act_backward(g_inner, inner, update.activation)
+        act_backward(g_inner, inner, update.activation)
         down = update.down.gradients(rows, g_inner)
         if ctx.beside:
             needed = ctx.needs_input_grad[0]
@@ -160,7 +160,7 @@ def build(loaded: LoadedModel, config: BottleneckConfig, seed: int) -> Parts:
         return BottleneckUpdate(
             DenseMap("adapter_down", down, loaded.device),
             DenseMap("adapter_up", torch.zeros(hidden, width), loaded.device),
-            config.activation,
+            (config.activation, "none"),
             config.scale,
             reads_output=config.placement != "parallel",
         )
@@ -189,19 +189,3 @@ restore = partial(own_files.restore_own, BottleneckConfig, build)
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
-
-
-def _act(x: Tensor, activation: Activation) -> Tensor:
-    if activation == "relu":
-        return torch.relu(x)
-    return F.silu(x) if activation == "silu" else F.gelu(x)
-
-
-def _act_backward(g: Tensor, x: Tensor, activation: Activation) -> None:
-    """Turns the gradient of the activation's result into that of its input, in place."""
-    if activation == "relu":
-        torch.ops.aten.threshold_backward.grad_input(g, x, 0, grad_input=g)
-    elif activation == "silu":
-        torch.ops.aten.silu_backward.grad_input(g, x, grad_input=g)
-    else:
-        torch.ops.aten.gelu_backward.grad_input(g, x, grad_input=g)

@@ -134,7 +134,7 @@ def build(loaded: LoadedModel, config: CompacterConfig, seed: int) -> Parts:
         up = KroneckerMap(
             "adapter_up", rules, factor((n, width // n, rank), f"{path}.up.s"), torch.zeros(n, rank, hidden // n)
         )
-        return BottleneckUpdate(down, up, config.activation, config.scale, reads_output=True)
+        return BottleneckUpdate(down, up, (config.activation, "none"), config.scale, reads_output=True)
 
     return Parts({path: update(path) for path in branches_of(loaded, BRANCHES)}, {RULES: rules})
 

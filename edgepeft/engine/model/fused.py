@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from edgepeft.engine.kernels import one_of, target_of
+from edgepeft.engine.model.activation import Activation, act, act_backward
 from edgepeft.engine.model.linear import AdaptedLinear, SharedInput
 from edgepeft.memory.chunks import ELEMENTWISE_CHUNK
 
@@ -49,9 +50,6 @@ ATTENTIONS = frozenset(f"{family}Attention" for family in (*_LLAMA_LIKE, *_MIXTU
 """Classes that project one tensor to queries, keys and values, in this order."""
 ENDS_WITH_MLP = frozenset(f"{family}DecoderLayer" for family in (*_LLAMA_LIKE, "Phi3", "Gemma"))
 """Decoder layers whose output is a sum of the residual and the MLP's output: nothing keeps the latter."""
-
-Activation = tuple[Literal["silu", "gelu"], str]
-"""Its name, and for gelu whether it is approximated: `tanh` or `none`."""
 
 
 def fuse(model: nn.Module) -> None:
@@ -176,7 +174,7 @@ class _Gated(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor, activation: Activation) -> Tensor:
         out = torch.empty_like(gate)
         for part in _parts(gate):
-            _act(part(gate), activation, part(out)).mul_(part(up))
+            act(part(gate), activation, part(out)).mul_(part(up))
         ctx.save_for_backward(gate, up)
         ctx.activation = activation
         return out
@@ -187,25 +185,7 @@ class _Gated(torch.autograd.Function):
         gate, up = ctx.saved_tensors
         grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(up)
         for part in _parts(gate):
-            _act(part(gate), ctx.activation, part(grad_up)).mul_(part(g))
+            act(part(gate), ctx.activation, part(grad_up)).mul_(part(g))
             slope = torch.mul(part(g), part(up), out=part(grad_gate))
-            _act_backward(slope, part(gate), ctx.activation)
+            act_backward(slope, part(gate), ctx.activation)
         return grad_gate, grad_up, None
-
-
-def _act(x: Tensor, activation: Activation, out: Tensor) -> Tensor:
-    name, approximate = activation
-    if name == "silu":
-        torch.ops.aten.silu.out(x, out=out)
-    else:
-        torch.ops.aten.gelu.out(x, approximate=approximate, out=out)
-    return out
-
-
-def _act_backward(g: Tensor, x: Tensor, activation: Activation) -> None:
-    """Turns the gradient of the activation's result into that of its input, in place."""
-    name, approximate = activation
-    if name == "silu":
-        torch.ops.aten.silu_backward.grad_input(g, x, grad_input=g)
-    else:
-        torch.ops.aten.gelu_backward.grad_input(g, x, approximate=approximate, grad_input=g)
