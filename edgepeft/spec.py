@@ -135,6 +135,9 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             del content["parent"]
         if self.optimizer.lora_plus_ratio == 1.0:
             del content["optimizer"]["lora_plus_ratio"]
+        for name in ("dora", "ranks"):
+            if not content["method"].get(name, True):
+                del content["method"][name]
         return "sha256:" + hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()
 
 

@@ -40,9 +40,9 @@ def tiny_config(**changes: Any) -> dict[str, Any]:
     } | changes
 
 
-def tiny_weights(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]:
-    """Random float32 weights under the names that transformers uses for Llama."""
-    random = np.random.default_rng(seed)
+def tiny_weights(config: dict[str, Any], seed: int = 0, *, biased: bool = False) -> dict[str, np.ndarray]:
+    """Random float32 weights under the names that transformers uses for Llama; attention has biases if `biased`."""
+    random, biases = np.random.default_rng(seed), np.random.default_rng(seed + 1000)
     hidden, inner = config["hidden_size"], config["intermediate_size"]
     query = config["num_attention_heads"] * config["head_dim"]
     key = config["num_key_value_heads"] * config["head_dim"]
@@ -66,6 +66,8 @@ def tiny_weights(config: dict[str, Any], seed: int = 0) -> dict[str, np.ndarray]
             ("mlp.down_proj", hidden, inner),
         ):
             weights[f"{prefix}{name}.weight"] = matrix(rows, columns)
+            if biased and name.startswith("self_attn"):
+                weights[f"{prefix}{name}.bias"] = (biases.standard_normal(rows) * 0.3).astype(np.float32)
         weights[f"{prefix}input_layernorm.weight"] = np.ones(hidden, np.float32)
         weights[f"{prefix}post_attention_layernorm.weight"] = np.ones(hidden, np.float32)
     if not config["tie_word_embeddings"]:
@@ -96,15 +98,17 @@ def write_tokenizer(folder: Path, *, template: str | None = CHATML) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
-def write_tiny_model(folder: Path, *, seed: int = 0, template: str | None = CHATML, **changes: Any) -> Path:
-    """A complete model folder, as one downloads it; `changes` go into the config."""
+def write_tiny_model(
+    folder: Path, *, seed: int = 0, template: str | None = CHATML, biased: bool = False, **changes: Any
+) -> Path:
+    """A complete model folder, as one downloads it; `changes` go into the config, `biased` gives attention biases."""
     from safetensors.numpy import save_file
 
-    config = tiny_config(**changes)
+    config = tiny_config(**({"attention_bias": True} if biased else {}), **changes)
     write_tokenizer(folder, template=template)
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": config["eos_token_id"]}))
-    save_file(tiny_weights(config, seed), str(folder / "model.safetensors"), metadata={"format": "pt"})
+    save_file(tiny_weights(config, seed, biased=biased), str(folder / "model.safetensors"), metadata={"format": "pt"})
     return folder
 
 

@@ -54,7 +54,7 @@ def show(
     method = METHODS[name]
     text = inspect.getdoc(sys.modules[type(method).__module__]) or name
     options = [
-        {"field": field.name, "default": field.default, "what": what} for field, what in _fields(method.config_type)
+        {"field": field.name, "default": _default(field), "what": what} for field, what in _fields(method.config_type)
     ]
     if as_json:
         print_json({"id": name, "text": text, "settings": options})
@@ -66,13 +66,15 @@ def show(
         grid = table("field", "default", "what")
         for option in options:
             default = option["default"]
-            row(
-                grid,
-                option["field"],
-                ", ".join(default) if isinstance(default, tuple) else str(default),
-                option["what"],
-            )
+            shown = ", ".join(default) or "none" if isinstance(default, tuple | dict) else str(default)
+            row(grid, option["field"], shown, option["what"])
         out.print(grid)
+
+
+def _default(field: Any) -> Any:
+    import msgspec
+
+    return field.default if field.default is not msgspec.NODEFAULT else field.default_factory()
 
 
 def _fields(kind: Any) -> list[tuple[Any, str]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -17,7 +17,7 @@ from edgepeft.library.store import CONFIG_FILE, AdapterFolder, check_base, resol
 from edgepeft.library.tensors import lora_dimensions
 from edgepeft.methods import LoraConfig, MethodConfig, id_of
 from edgepeft.methods.targets import matching
-from edgepeft.models.headers import read_header
+from edgepeft.models.headers import TensorHeader, read_header
 from edgepeft.models.shape import ModelShape
 from edgepeft.paths import disk_errors
 from edgepeft.spec import ParentRef
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 TAKEN_OVER = ("rank", "alpha", "targets", "dropout")
 """Options whose values come from the parent."""
-_RANK = re.compile(r"\.lora_A(?:\.[^.]+)?\.weight$")
+_RANK = re.compile(r"(?:^|\.)layers\.\d+\.(?P<linear>.+)\.lora_A(?:\.[^.]+)?\.weight$")
 _LONGEST_LINE = 100
 """Ancestors that are followed at the most; a library that was tampered with may hold a circle."""
 
@@ -119,11 +119,16 @@ def check_continues(ref: ParentRef, method: MethodConfig, entry: ModelEntry) -> 
                 hint="Put them back into the plan's [spec.recipe.method], or plan without --from",
             )
         return
-    same = msgspec.structs.replace(parent, targets=method.targets)
-    if method != same or _names(method.targets, entry.shape) != _names(parent.targets, entry.shape):
+    same = msgspec.structs.replace(parent, targets=method.targets, ranks=method.ranks)
+    names = _names(parent.targets, entry.shape)
+    alike = _names(method.targets, entry.shape) == names and all(
+        method.rank_of(name) == parent.rank_of(name) for name in names
+    )
+    if method != same or not alike:
+        ranks = "".join(f", rank {rank} for {name}" for name, rank in parent.ranks.items())
         raise BadInput(
-            f"its continuation must keep rank {parent.rank}, alpha {parent.alpha:g}, dropout {parent.dropout:g} and "
-            f"the targets {', '.join(parent.targets)}",
+            f"its continuation must keep rank {parent.rank}{ranks}, alpha {parent.alpha:g}, dropout "
+            f"{parent.dropout:g} and the targets {', '.join(parent.targets)}",
             where=ref.adapter,
             hint="Put them back into the plan's [spec.recipe.method], or plan without --from",
         )
@@ -169,7 +174,7 @@ def _method(adapter: AdapterFolder, shape: ModelShape) -> MethodConfig:
 
 
 def _lora(adapter: AdapterFolder, shape: ModelShape) -> LoraConfig:
-    """The config of a LoRA of one rank and one scale on whole kinds of linears.
+    """The config of a LoRA of one alpha on whole kinds of linears, each kind of one rank.
 
     Raises:
         BadInput: it is another kind of LoRA.
@@ -177,12 +182,13 @@ def _lora(adapter: AdapterFolder, shape: ModelShape) -> LoraConfig:
     settings, where = adapter.config, str(adapter.path / CONFIG_FILE)
     hint = "Use it as it is in chat, or train a new adapter without --from"
     tensors = read_header(adapter.weights)
-    ranks = sorted({tensor.shape[0] for tensor in tensors if _RANK.search(tensor.name) and tensor.shape})
-    if len(ranks) != 1 or ranks[0] != settings.get("r"):
-        told = ", ".join(map(str, ranks)) or "none"
+    ranks = _ranks(tensors)
+    several = sorted({rank for found in ranks.values() for rank in found})
+    if any(len(found) > 1 for found in ranks.values()) or settings.get("r") not in several:
+        told = ", ".join(map(str, several)) or "none"
         raise BadInput(
             f"its layers have the ranks {told} and its config says {settings.get('r')}: only an adapter of one rank "
-            "can be continued",
+            "for each kind of linear can be continued",
             where=where,
             hint=hint,
         )
@@ -205,10 +211,28 @@ def _lora(adapter: AdapterFolder, shape: ModelShape) -> LoraConfig:
                 hint=hint,
             )
     try:
-        config = LoraConfig(ranks[0], float(alpha), tuple(found), float(dropout), bool(settings.get("use_rslora")))
-        return msgspec.structs.replace(config, targets=_shortest(tuple(found), shape))
+        own = {name: min(ranks[name]) for name in found if min(ranks[name]) != settings["r"]}
+        return LoraConfig(
+            rank=int(settings["r"]),
+            alpha=float(alpha),
+            targets=_shortest(tuple(found), shape),
+            dropout=float(dropout),
+            rank_stabilised=bool(settings.get("use_rslora")),
+            dora=bool(settings.get("use_dora")),
+            ranks={ending: rank for name, rank in own.items() for ending in _shortest((name,), shape)},
+        )
     except UsageError as error:
         raise BadInput(error.what, where=where, hint=error.hint) from error
+
+
+def _ranks(tensors: Iterable[TensorHeader]) -> dict[str, set[int]]:
+    """The ranks of each kind of linear."""
+    found: dict[str, set[int]] = {}
+    for tensor in tensors:
+        match = _RANK.search(tensor.name)
+        if match is not None and tensor.shape:
+            found.setdefault(match["linear"], set()).add(tensor.shape[0])
+    return found
 
 
 def _shortest(names: tuple[str, ...], shape: ModelShape) -> tuple[str, ...]:

@@ -15,7 +15,6 @@ OWN_KEY = "edgepeft"
 _BY_TYPE = {method.peft_type or OWN_PREFIX + name.upper(): name for name, method in METHODS.items()}
 
 UNSUPPORTED = {
-    "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "modules_to_save": "whole modules beside the update (modules_to_save)",
     "lora_bias": "biases of its own (lora_bias)",

@@ -48,7 +48,8 @@ def estimate_training(spec: RunSpec, shape: ModelShape, workload: Workload, targ
     """
     recipe, layout = spec.recipe, spec.layout
     base = base_bytes(shape, recipe.precision, recipe.compute_dtype)
-    tensors = method_of(recipe.method).trained(recipe.method, shape)
+    method = method_of(recipe.method)
+    tensors = method.trained(recipe.method, shape)
     trained = FLOAT32 * tensors.parameters(shape.layers)
 
     def planned(lengths: tuple[int, ...], rows: int, *, training: bool) -> MicroBatchPlan:
@@ -61,7 +62,7 @@ def estimate_training(spec: RunSpec, shape: ModelShape, workload: Workload, targ
     resident = _sum(
         base,
         {
-            "adapter weights": trained,
+            "adapter weights": trained + method.held_bytes(recipe.method, shape),
             "optimizer state": state_bytes(recipe.optimizer.name, tensors.sizes(shape.layers)),
             "workspace": workspace_bytes(shape, recipe.precision, recipe.compute_dtype),
         },

@@ -168,9 +168,12 @@ class Operations:
                 tape.touch(plan.scratch_bytes)
             ys.append(Tensor(tape, plan.out_bytes))
         updates = [plan.update for plan in plans if plan.update is not None] if shared is None else [shared]
-        for update in updates:
+        scratches = [plan.scratch_bytes for plan in plans if plan.update is not None] if shared is None else [0]
+        for update, scratch in zip(updates, scratches, strict=True):
+            if not tape.recomputing:
+                tape.touch(max(update.first_bytes, _beside(scratch, update.first_forming_bytes)))
             kept.append(Tensor(tape, update.kept_bytes))
-            tape.touch(update.forward_bytes)
+            tape.touch(max(update.forward_bytes, _beside(scratch, update.forming_forward_bytes)))
         if tape.nodes is None or (x.node is None and not updates):
             return ys
         waiting: list[Tensor] = []
@@ -185,8 +188,8 @@ class Operations:
                 grad_x = Tensor(tape, plans[0].in_bytes)
                 tape.touch(max((plan.scratch_bytes for plan in plans[1:]), default=0))
             trained: list[Tensor | None] = []
-            for update in updates:
-                tape.touch(update.backward_bytes)
+            for update, scratch in zip(updates, scratches, strict=True):
+                tape.touch(max(update.backward_bytes, _beside(scratch, update.forming_backward_bytes)))
                 trained.append(Tensor(tape, FLOAT32 * update.parameters))
             waiting.clear()
             del changed
@@ -305,3 +308,8 @@ class Operations:
 
 def _rescales_output(plan: LinearPlan) -> bool:
     return plan.update is not None and plan.update.rescales_output
+
+
+def _beside(scratch: int, held: int | None) -> int:
+    """What forming a dense matrix needs, beside what is held; nothing where it is not formed."""
+    return 0 if held is None else held + scratch

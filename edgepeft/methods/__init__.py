@@ -60,8 +60,11 @@ def make_config(method: str, settings: Mapping[str, Any]) -> MethodConfig:
             known = ", ".join(kind.__struct_fields__)
             hint = f"It has {known}" if known else "It has no settings"
             raise UsageError(f"the method {method} has no {name}", where=name.replace("_", "-"), hint=hint)
-        several = get_origin(types[name]) is tuple and isinstance(value, str)
-        values[name] = [part.strip() for part in value.split(",") if part.strip()] if several else value
+        values[name] = value
+        kind_of_value = get_origin(types[name])
+        if isinstance(value, str) and kind_of_value in (tuple, dict):
+            parts = [part.strip() for part in value.split(",") if part.strip()]
+            values[name] = parts if kind_of_value is tuple else dict(_pair(name, part) for part in parts)
     try:
         config: MethodConfig = msgspec.convert(values | {"type": method}, kind, strict=False)
     except msgspec.ValidationError as error:
@@ -70,6 +73,14 @@ def make_config(method: str, settings: Mapping[str, Any]) -> MethodConfig:
             what, where=f"--set {field.rstrip('`')}", hint=f"See: edgepeft methods show {method}"
         ) from None
     return config
+
+
+def _pair(field: str, text: str) -> tuple[str, str]:
+    name, _, value = (part.strip() for part in text.partition(":"))
+    if not name or not value:
+        hint = "Write NAME:VALUE with commas between, such as q_proj:8,down_proj:32"
+        raise UsageError(f"{text!r} gives no value to a name", where=f"--set {field}", hint=hint)
+    return name, value
 
 
 def count_parameters(config: MethodConfig, shape: ModelShape) -> int:

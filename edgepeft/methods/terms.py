@@ -50,6 +50,15 @@ class LinearTerms(msgspec.Struct, frozen=True):
     """Whether it multiplies what the linear gives, so that the frozen product sees another gradient."""
     rescales_input: bool = False
     """Whether it multiplies the linear's input, which is then made anew and kept beside the first one."""
+    first_bytes: int = 0
+    """The highest point of what it does once after its tensors have changed, before the rest of its forward."""
+    first_forming_bytes: int | None = None
+    """Held while that forms the frozen matrix; None where it does not."""
+    forming_forward_bytes: int | None = None
+    """Held while its forward forms the frozen matrix once more, beside input, output and what is kept; None where it
+    does not."""
+    forming_backward_bytes: int | None = None
+    """The same for its backward."""
 
 
 class BranchTerms(msgspec.Struct, frozen=True):
@@ -103,6 +112,10 @@ class Method:
             UsageError: the config does not suit the model.
         """
         raise NotImplementedError
+
+    def held_bytes(self, config: Any, shape: ModelShape) -> int:
+        """What its adapter holds beside what it trains."""
+        return 0
 
     def linear_terms(
         self, config: Any, linear: LinearShape, tokens: int, compute_bytes: int, *, training: bool

@@ -86,6 +86,8 @@ def method_values(config: MethodConfig) -> dict[str, str]:
 
 
 def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        value = tuple(f"{name}:{number}" for name, number in value.items())
     if isinstance(value, tuple):
         return ", ".join(map(str, value)) or "none"
     if isinstance(value, bool):
@@ -139,6 +141,9 @@ def describe(
         add("alpha", "twice the rank")
         add("targets", preset.targets.description, "preset")
         add("dropout", preset.dropout.description, "preset")
+        for name in ("rank_stabilised", "dora", "ranks"):
+            if getattr(config, name):
+                add(name.replace("_", "-"), _TYPED if parent is None else f"as {parent.ref.adapter} has it", "user")
     else:
         found.append(Choice("method", id_of(config), "user", trains))
         for name in method_values(config):

@@ -21,6 +21,7 @@ from pathlib import Path
 
 VARIANTS = {
     "lora": ["--method", "lora", "--rank", "16"],
+    "dora": ["--method", "lora", "--rank", "16", "--set", "dora=true"],
     "houlsby": ["--method", "bottleneck", "--set", "reduction=16"],
     "pfeiffer": ["--method", "bottleneck", "--set", "placement=pfeiffer", "--set", "reduction=8"],
     "parallel": ["--method", "bottleneck", "--set", "placement=parallel", "--set", "reduction=8", "--set", "scale=4"],

@@ -33,6 +33,8 @@ IDS = torch.randint(0, 250, (2, 19), generator=torch.Generator().manual_seed(5))
 
 CONFIGS: dict[str, Any] = {
     "lora": LoraConfig(rank=4, alpha=6.0),
+    "lora of several ranks": LoraConfig(rank=4, alpha=6.0, ranks={"q_proj": 2, "self_attn.o_proj": 8, "down_proj": 3}),
+    "dora": LoraConfig(rank=4, alpha=6.0, dora=True),
     "houlsby": BottleneckConfig(reduction=8),
     "houlsby of relu": BottleneckConfig(reduction=8, activation="relu"),
     "pfeiffer": BottleneckConfig("pfeiffer", reduction=8, activation="silu"),
@@ -99,8 +101,14 @@ def _hook(
 
     kind = id_of(config)
     if kind == "lora":
-        factor = strength * config.scale
-        change_output(lambda x, y: y + factor * x @ own["lora_A.weight"].t() @ own["lora_B.weight"].t())
+        change = strength * config.scale_of(config.rank_of(site)) * own["lora_B.weight"] @ own["lora_A.weight"]
+        if config.dora:
+            weight = module.weight + change
+            lengths = torch.lerp(module.weight.norm(dim=1), own["lora_magnitude_vector"], strength)
+            factors = lengths / weight.norm(dim=1).detach()
+            change_output(lambda x, y: x @ weight.t() * factors)
+        else:
+            change_output(lambda x, y: y + x @ change.t())
     elif kind == "ia3":
         factors = 1 + strength * (own["ia3_l"].flatten() - 1)
         if any(site.endswith(name) for name in config.inputs):

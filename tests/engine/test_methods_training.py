@@ -26,6 +26,8 @@ from training_runs import of_type, tiny_base, tiny_run, train
 
 CONFIGS: dict[str, Any] = {
     "lora": LoraConfig(rank=4),
+    "lora of several ranks": LoraConfig(rank=4, ranks={"down_proj": 8, "q_proj": 2}),
+    "dora": LoraConfig(rank=4, dora=True),
     "houlsby": BottleneckConfig(reduction=4),
     "parallel": BottleneckConfig("parallel", reduction=4),
     "compacter": CompacterConfig(reduction=4),

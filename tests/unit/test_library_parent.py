@@ -17,6 +17,7 @@ from edgepeft.cli.app import app
 from edgepeft.errors import BadInput, UsageError
 from edgepeft.library.parent import find_parent, lineage, verified_folder
 from edgepeft.library.store import import_adapter, publish, remove
+from edgepeft.methods import LoraConfig
 from edgepeft.models.store import ModelEntry, add_model
 from edgepeft.plan.build import build
 from edgepeft.plan.files import read_plan_toml, write_plan_toml
@@ -108,7 +109,7 @@ def test_another_base_is_refused(base: ModelEntry, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"use_dora": True}, "DoRA"),
+        ({"use_qalora": True}, "QALoRA"),
         ({"alpha_pattern": {"q_proj": 3}}, "different scales"),
         ({"r": 5}, "its config says 5"),
         ({"lora_alpha": "8"}, "must be numbers"),
@@ -122,15 +123,28 @@ def test_what_cannot_be_continued_says_why(base: ModelEntry, folder: Path, setti
         find_parent(str(folder), base)
 
 
-def test_several_ranks_are_refused(base: ModelEntry, folder: Path) -> None:
+def cut_ranks(folder: Path, rank: int, part: str) -> None:
     def smaller(found: dict[str, Any]) -> dict[str, Any]:
         return {
-            name: np.ascontiguousarray(value[:3] if "lora_A" in name else value[:, :3]) if "q_proj" in name else value
+            name: np.ascontiguousarray(value[:rank] if "lora_A" in name else value[:, :rank]) if part in name else value
             for name, value in found.items()
         }
 
     rewrite(folder, smaller)
-    with pytest.raises(BadInput, match=r"ranks 3, 6 .* only an adapter of one rank"):
+
+
+def test_ranks_of_single_linears_are_kept(base: ModelEntry, folder: Path) -> None:
+    cut_ranks(folder, 3, "q_proj")
+    method = find_parent(str(folder), base).method
+    assert isinstance(method, LoraConfig)
+    assert (method.rank, method.ranks, method.targets) == (6, {"q_proj": 3}, ("all-linear",))
+    check = {"self_attn.q_proj": 3, "mlp.down_proj": 6}
+    assert {name: method.rank_of(name) for name in check} == check
+
+
+def test_several_ranks_of_one_kind_of_linear_are_refused(base: ModelEntry, folder: Path) -> None:
+    cut_ranks(folder, 3, "layers.0.self_attn.q_proj")
+    with pytest.raises(BadInput, match=r"ranks 3, 6 .* only an adapter of one rank for each kind"):
         find_parent(str(folder), base)
 
 
@@ -179,6 +193,8 @@ def test_the_digest_is_as_it_was_before_later_fields(base: ModelEntry, folder: P
     content = msgspec.to_builtins(recipe)
     assert content.pop("parent") is None
     assert content["optimizer"].pop("lora_plus_ratio") == 1.0
+    assert content["method"].pop("dora") is False
+    assert content["method"].pop("ranks") == {}
     assert recipe.digest() == "sha256:" + hashlib.sha256(msgspec.json.encode(content, order="sorted")).hexdigest()
     continued = build(base.name, alpaca_file, {**OPTIONS, "from_": str(folder)}).spec.recipe
     moved = msgspec.structs.replace(continued, parent=msgspec.structs.replace(continued.parent, sha256="sha256:0"))

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgepeft.engine.methods.adapter import Parts
+from edgepeft.engine.methods.adapter import Parts, Update
+from edgepeft.engine.methods.dora import DoraUpdate, squared_lengths
 from edgepeft.engine.methods.dropout import PackedSamples, current_samples
 from edgepeft.engine.methods.lora_files import read_modules, settings_of
 from edgepeft.engine.methods.seeds import generator_of
 from edgepeft.engine.methods.targets import adaptable, resolve_targets
-from edgepeft.engine.model.linear import Use
+from edgepeft.engine.model.linear import AdaptedLinear, Use
 from edgepeft.engine.model.load import LoadedModel
-from edgepeft.errors import UsageError
 from edgepeft.methods.lora import LoraConfig
 
 __all__ = ["LoraUpdate", "build", "restore", "settings_of"]
@@ -34,16 +34,13 @@ def build(loaded: LoadedModel, config: LoraConfig, seed: int) -> Parts:
         UsageError: a target matches no linear layer, or the rank exceeds a targeted dimension.
     """
     linears = loaded.linears()
-    updates: dict[str, LoraUpdate] = {}
-    for path in resolve_targets(config.targets, adaptable(linears)):
-        shape = linears[path].weight_source.shape
-        if config.rank > min(shape):
-            raise UsageError(
-                f"rank {config.rank} exceeds the smaller dimension {min(shape)} of {path}",
-                where="rank",
-                hint=f"Use at most {min(shape)}",
-            )
-        updates[path] = LoraUpdate.initialised(config, shape, path, seed, loaded.device)
+    targeted = resolve_targets(config.targets, adaptable(linears))
+    config.check_ranks({path: min(linears[path].weight_source.shape) for path in targeted})
+    updates: dict[str, Update] = {}
+    for path in targeted:
+        linear = linears[path]
+        lora = LoraUpdate.initialised(config, linear.weight_source.shape, path, seed, loaded.device)
+        updates[path] = DoraUpdate(lora, linear, _squares(linear, loaded)) if config.dora else lora
     return Parts(updates)
 
 
@@ -51,12 +48,24 @@ def restore(
     loaded: LoadedModel, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
 ) -> tuple[LoraConfig, Parts]:
     """See `EngineMethod`."""
-    config, modules = read_modules(settings, tensors, loaded.linears(), folder)
-    updates = {}
+    linears = loaded.linears()
+    config, modules = read_modules(settings, tensors, linears, folder)
+    updates: dict[str, Update] = {}
     for path, module in modules.items():
-        A, B = (nn.Parameter(x.to(loaded.device, torch.float32, copy=True)) for x in (module.A, module.B))
-        updates[path] = LoraUpdate(A, B, module.factor, path, config.dropout)
+        A, B = (_parameter(x, loaded) for x in (module.A, module.B))
+        lora = updates[path] = LoraUpdate(A, B, module.factor, path, config.dropout)
+        if module.magnitude is not None:
+            linear = linears[path]
+            updates[path] = DoraUpdate(lora, linear, _squares(linear, loaded), _parameter(module.magnitude, loaded))
     return config, Parts(updates)
+
+
+def _parameter(value: Tensor, loaded: LoadedModel) -> nn.Parameter:
+    return nn.Parameter(value.to(loaded.device, torch.float32, copy=True))
+
+
+def _squares(linear: AdaptedLinear, loaded: LoadedModel) -> Tensor:
+    return squared_lengths(linear.weight_source, loaded.workspace.dtype)
 
 
 class LoraUpdate:
@@ -84,10 +93,12 @@ class LoraUpdate:
         The draw depends on the seed and the module's name alone, not on the order in which modules are visited.
         """
         out_features, in_features = shape
-        A = torch.empty(config.rank, in_features)
+        rank = config.rank_of(module)
+        A = torch.empty(rank, in_features)
         nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator_of(seed, module))
-        B = torch.zeros(out_features, config.rank)
-        return cls(nn.Parameter(A.to(device)), nn.Parameter(B.to(device)), config.scale, module, config.dropout)
+        B = torch.zeros(out_features, rank)
+        trained = nn.Parameter(A.to(device)), nn.Parameter(B.to(device))
+        return cls(*trained, config.scale_of(rank), module, config.dropout)
 
     def named_tensors(self) -> dict[str, nn.Parameter]:
         """A and B under the names that PEFT's files use."""
@@ -101,7 +112,7 @@ class LoraUpdate:
         """y += s (x Aᵀ) Bᵀ; keeps x Aᵀ, of [tokens, rank]."""
         samples = current_samples() if self.dropout else None
         if samples is not None:
-            x = x * self._mask(samples, x)
+            x = x * self.mask(samples, x)
         inner = x @ self.A.to(x.dtype).t()
         y.addmm_(inner, self.B.to(x.dtype).t(), alpha=self.factor * scale)
         return (inner,)
@@ -122,7 +133,7 @@ class LoraUpdate:
         (inner,) = kept
         factor = self.factor * scale
         g_inner = (g @ self.B.to(g.dtype)).mul_(factor)
-        mask = None if samples is None else self._mask(samples, g, self.A.shape[1])
+        mask = None if samples is None else self.mask(samples, g, self.A.shape[1])
         if grad_x is not None:
             if mask is None:
                 grad_x.addmm_(g_inner, self.A.to(g.dtype))
@@ -141,7 +152,8 @@ class LoraUpdate:
             return None
         return _SharedLora(updates, [use.scale for use in uses])
 
-    def _mask(self, samples: PackedSamples, like: Tensor, width: int | None = None) -> Tensor:
+    def mask(self, samples: PackedSamples, like: Tensor, width: int | None = None) -> Tensor:
+        """What dropout multiplies the input with: [tokens, width] in `like`'s dtype, as wide as it where not said."""
         if samples.tokens != like.shape[0]:
             raise ValueError(f"the dropout context names {samples.tokens} tokens, the layer has {like.shape[0]}")
         return samples.mask(self.module, width or like.shape[1], self.dropout, device=like.device, dtype=like.dtype)

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import msgspec
 from torch import Tensor
 
 from edgepeft.engine.methods.adapter import AttachedAdapter, check_tensors, from_layers
@@ -18,6 +19,12 @@ from edgepeft.engine.model.linear import AdaptedLinear
 from edgepeft.errors import BadInput, UsageError
 from edgepeft.library.store import CONFIG_FILE, WEIGHTS_FILE
 from edgepeft.methods.lora import LoraConfig
+
+MAGNITUDE = "lora_magnitude_vector"
+"""DoRA's lengths of rows, as PEFT's files name them."""
+_KEY = re.compile(
+    r"(?:base_model\.model\.)?(.+)\.(lora_[AB](?=.*\.weight$)|lora_magnitude_vector)(?:\.default)?(?:\.weight)?"
+)
 
 
 class LoraModule(NamedTuple):
@@ -29,6 +36,8 @@ class LoraModule(NamedTuple):
     """[out, rank]."""
     factor: float
     """What their product is multiplied with."""
+    magnitude: Tensor | None = None
+    """DoRA's lengths, [out]."""
 
 
 def settings_of(adapter: AttachedAdapter) -> dict[str, Any]:
@@ -56,7 +65,7 @@ def settings_of(adapter: AttachedAdapter) -> dict[str, Any]:
         "init_lora_weights": True,
         "modules_to_save": None,
         "layers_to_transform": None,
-        "use_dora": False,
+        "use_dora": config.dora,
     }
 
 
@@ -77,12 +86,19 @@ def read_modules(
         rank = int(_by_pattern(settings.get("rank_pattern"), path, config.rank))
         alpha = float(_by_pattern(settings.get("alpha_pattern"), path, config.alpha))
         out_features, in_features = linears[path].weight_source.shape
-        expected = {f"{path}.lora_A.weight": (rank, in_features), f"{path}.lora_B.weight": (out_features, rank)}
+        expected: dict[str, tuple[int, ...]] = {
+            f"{path}.lora_A.weight": (rank, in_features),
+            f"{path}.lora_B.weight": (out_features, rank),
+        }
+        if config.dora:
+            expected[f"{path}.{MAGNITUDE}"] = (out_features,)
         named = {f"{path}.{tensor}": value for tensor, value in modules[path].items()}
         check_tensors(named, expected, where=str(folder / WEIGHTS_FILE))
         factor = alpha / (math.sqrt(rank) if config.rank_stabilised else rank)
-        found[path] = LoraModule(modules[path]["lora_A.weight"], modules[path]["lora_B.weight"], factor)
-    return config, found
+        A, B = modules[path]["lora_A.weight"], modules[path]["lora_B.weight"]
+        found[path] = LoraModule(A, B, factor, modules[path].get(MAGNITUDE))
+    ranks = {path: int(module.A.shape[0]) for path, module in found.items() if module.A.shape[0] != config.rank}
+    return msgspec.structs.replace(config, ranks=ranks), found
 
 
 def _target_modules(adapter: AttachedAdapter) -> list[str]:
@@ -104,13 +120,14 @@ def _by_module(
     by_ending = {from_layers(path): path for path in linears}
     found: dict[str, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        match = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.(lora_[AB])(?:\.default)?\.weight", key)
+        match = _KEY.fullmatch(key)
         module = match.group(1) if match else ""
         path = module if module in linears else by_ending.get(from_layers(module))
         if match is None or path is None:
             hint = "The adapter belongs to another base model, or changes more than linear layers"
             raise BadInput(f"tensor {key} fits no layer of this model", where=where, hint=hint)
-        found.setdefault(path, {})[f"{match.group(2)}.weight"] = value
+        tensor = match.group(2)
+        found.setdefault(path, {})[tensor if tensor == MAGNITUDE else f"{tensor}.weight"] = value
     return found
 
 
@@ -127,6 +144,7 @@ def _lora_config(settings: Mapping[str, Any], modules: Iterable[str], where: str
             targets=tuple(sorted(map(str, targets))) if named and isinstance(targets, list) else tuple(modules),
             dropout=float(dropout),
             rank_stabilised=bool(settings.get("use_rslora")),
+            dora=bool(settings.get("use_dora")),
         )
     except UsageError as error:
         raise BadInput(error.what, where=where, hint=error.hint) from error

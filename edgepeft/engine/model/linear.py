@@ -28,8 +28,11 @@ class LinearUpdate(Protocol):
     recorded by autograd.
     """
 
-    rescales_output: bool
-    """Whether it multiplies what is in y already; what came before it then sees another gradient."""
+    @property
+    def rescales_output(self) -> bool:
+        """Whether it multiplies what is in y already; what came before it then sees another gradient."""
+        ...
+
     rescales_input: bool
     """Whether it multiplies the input of the linear, and does nothing else."""
     keeps_input: bool

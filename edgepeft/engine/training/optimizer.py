@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import increment_version
 
 from edgepeft.engine.training.adamw8bit import AdamW8bit
 from edgepeft.engine.training.divergence import Diverged
@@ -22,9 +24,15 @@ def make_optimizer(parameters: Mapping[str, nn.Parameter], settings: Optimizer) 
     groups = _groups(parameters, settings)
     betas = settings.beta1, settings.beta2
     rate, epsilon, decay = settings.learning_rate, settings.epsilon, settings.weight_decay
-    if settings.name == "adamw8bit":
-        return AdamW8bit(groups, lr=rate, betas=betas, eps=epsilon, weight_decay=decay)
-    return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=epsilon, weight_decay=decay, fused=True)
+    kind: Any = AdamW8bit if settings.name == "adamw8bit" else partial(torch.optim.AdamW, fused=True)
+    optimizer: torch.optim.AdamW | AdamW8bit = kind(groups, lr=rate, betas=betas, eps=epsilon, weight_decay=decay)
+    optimizer.register_step_post_hook(_count_change)
+    return optimizer
+
+
+def _count_change(optimizer: torch.optim.Optimizer, *_: object) -> None:
+    # torch's fused step does not count as a change; what is formed from parameters goes by their count of changes.
+    increment_version([value for group in optimizer.param_groups for value in group["params"]])
 
 
 def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
