@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -109,3 +110,38 @@ def start_worker(
         close_fds=True,
         **options,
     )
+
+
+def ask_worker(
+    name: str, arguments: Sequence[str], hear: Callable[[bytes], None], question: bytes | None = None
+) -> tuple[int, str]:
+    """Runs a worker to its end; it is killed when the caller is interrupted.
+
+    Args:
+        name: of the worker.
+        arguments: of its command line.
+        hear: told each line of its stdout.
+        question: what it reads from stdin; None for nothing.
+
+    Returns:
+        Its exit code, and the last line of its stderr.
+    """
+    # Files, not pipes: whatever is written there, nobody has to read it along.
+    with tempfile.TemporaryFile() as complaints, tempfile.TemporaryFile() as questions:
+        questions.write(question or b"")
+        questions.seek(0)
+        worker = start_worker(name, arguments, stdin=questions, stdout=subprocess.PIPE, stderr=complaints)
+        try:
+            assert worker.stdout is not None
+            for line in worker.stdout:
+                hear(line)
+            code = worker.wait()
+        finally:
+            if worker.poll() is None:
+                worker.kill()
+                worker.wait()
+            if worker.stdout is not None:
+                worker.stdout.close()
+        complaints.seek(0)
+        lines = [line for line in complaints.read().decode(errors="replace").splitlines() if line.strip()]
+    return code, lines[-1] if lines else ""

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
 from edgepeft.errors import EdgepeftError, ExitCode, error_for_code
-from edgepeft.processes import start_worker
+from edgepeft.processes import ask_worker
 
 Progress = Callable[[str, float | None], None]
 """Called with what is being done, and how much of it is done (0 to 1; None when that is not known)."""
@@ -59,35 +57,25 @@ def convert(kind: str, source: Path, folder: Path, progress: Progress | None) ->
     Raises:
         EdgepeftError: the file cannot be converted, the disk is full, or the worker died.
     """
-    outcome: Converted | ConversionFailed | None = None
-    with tempfile.TemporaryFile() as complaints:
-        worker = start_worker("convert", [kind, str(source), str(folder)], stdout=subprocess.PIPE, stderr=complaints)
+    outcomes: list[Converted | ConversionFailed] = []
+
+    def hear(line: bytes) -> None:
         try:
-            assert worker.stdout is not None
-            for line in worker.stdout:
-                try:
-                    message = _DECODER.decode(line)
-                except msgspec.DecodeError:
-                    continue
-                if isinstance(message, ConversionProgress):
-                    if progress is not None:
-                        progress(message.phase, message.fraction)
-                else:
-                    outcome = message
-            code = worker.wait()
-        finally:
-            if worker.poll() is None:
-                worker.kill()
-                worker.wait()
-            if worker.stdout is not None:
-                worker.stdout.close()
-        if isinstance(outcome, Converted) and code == 0:
-            return outcome
-        if isinstance(outcome, ConversionFailed):
-            raise error_for_code(outcome.code, outcome.what, where=outcome.where, hint=outcome.hint)
-        complaints.seek(0)
-        lines = [line for line in complaints.read().decode(errors="replace").splitlines() if line.strip()]
-    raise _died(code, source, lines[-1] if lines else "")
+            message = _DECODER.decode(line)
+        except msgspec.DecodeError:
+            return
+        if not isinstance(message, ConversionProgress):
+            outcomes.append(message)
+        elif progress is not None:
+            progress(message.phase, message.fraction)
+
+    code, last_line = ask_worker("convert", [kind, str(source), str(folder)], hear)
+    outcome = outcomes[-1] if outcomes else None
+    if isinstance(outcome, Converted) and code == 0:
+        return outcome
+    if isinstance(outcome, ConversionFailed):
+        raise error_for_code(outcome.code, outcome.what, where=outcome.where, hint=outcome.hint)
+    raise _died(code, source, last_line)
 
 
 def _died(code: int, source: Path, last_line: str) -> EdgepeftError:
