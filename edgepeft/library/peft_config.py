@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,6 +26,8 @@ UNSUPPORTED = {
     "arrow_config": "Arrow routing",
 }
 """Settings that change what an adapter computes in a way that is not implemented here."""
+_MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations for which PEFT changes the base's weights; PEFT's own conversion to a plain LoRA writes `true`."""
 
 
 def method_id_of(settings: Mapping[str, Any], where: str) -> str:
@@ -61,3 +64,44 @@ def check_supported(settings: Mapping[str, Any], where: str) -> None:
             raise BadInput(f"the adapter uses {what}, which cannot be loaded", where=where, hint=hint)
     if settings.get("bias", "none") != "none":
         raise BadInput("the adapter trained biases of the base, which cannot be loaded", where=where)
+    start = settings.get("init_lora_weights")
+    if isinstance(start, str) and start.lower().startswith(_MOVES_BASE):
+        raise BadInput(
+            f"the adapter belongs to a base whose weights PEFT changed (init_lora_weights {start})",
+            where=where,
+            hint="Save it in PEFT with path_initial_model_for_weight_conversion, which makes it a plain LoRA",
+        )
+
+
+def is_restricted(settings: Mapping[str, Any]) -> bool:
+    """Whether target_modules alone does not say which layers are changed."""
+    return any(settings.get(key) is not None for key in ("layers_to_transform", "layers_pattern", "exclude_modules"))
+
+
+def value_by_pattern(patterns: Mapping[str, Any] | None, path: str, default: float) -> float:
+    """The value of the first pattern that ends `path`, as PEFT matches rank_pattern and alpha_pattern."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return float(value)
+    return default
+
+
+def check_patterns(settings: Mapping[str, Any], where: str) -> None:
+    """Refuses a rank_pattern or an alpha_pattern that is no table of numbers above 0 by regular expressions.
+
+    Raises:
+        BadInput: saying which.
+    """
+    for key in ("rank_pattern", "alpha_pattern"):
+        patterns = settings.get(key) or {}
+        try:
+            sound = isinstance(patterns, dict) and all(
+                isinstance(value, int | float) and value > 0 and re.compile(pattern)
+                for pattern, value in patterns.items()
+            )
+        except re.error:
+            sound = False
+        if not sound:
+            raise BadInput(
+                f"{key} must give a number above 0 for each module pattern", where=where, hint="Save the adapter anew"
+            )

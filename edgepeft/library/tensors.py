@@ -12,6 +12,15 @@ from edgepeft.models.shape import ModelShape
 _LORA = re.compile(r"(?:^|\.)layers\.(?P<layer>\d+)\.(?P<linear>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight$")
 
 
+def from_layers(path: str) -> str:
+    """A module path from `layers.` on; the whole path where it has none.
+
+    The language tower of a vision-language model lies under another prefix than the same model by itself.
+    """
+    _, mark, rest = path.partition("layers.")
+    return mark + rest if mark else path
+
+
 def lora_dimensions(tensors: Iterable[TensorHeader]) -> dict[str, dict[int, tuple[int | None, int | None]]]:
     """Linear name → layer → (in_features, out_features) of the LoRA pairs; None where one side is missing."""
     found: dict[str, dict[int, tuple[int | None, int | None]]] = {}
@@ -42,9 +51,17 @@ def shape_mismatch(tensors: Iterable[TensorHeader], config: dict[str, Any], shap
                     f"its {name} of layer {layer} maps {inner} to {outer} features, "
                     f"this base's maps {linear.in_features} to {linear.out_features}"
                 )
-        if config.get("layers_to_transform") is None and len(layers) < shape.layers:
+        if not _names_layers(config) and len(layers) < shape.layers:
             return f"it changes {name} in {len(layers)} layers, and this base has {shape.layers}"
     return None
+
+
+def _names_layers(config: dict[str, Any]) -> bool:
+    """Whether the config restricts the adapter to some layers, or may do so by a pattern."""
+    targets = config.get("target_modules")
+    if config.get("layers_to_transform") is not None or (isinstance(targets, str) and targets != "all-linear"):
+        return True
+    return isinstance(targets, list) and any(re.search(r"(?:^|\.)\d+\.", str(target)) for target in targets)
 
 
 def dimensions_differ(first: Iterable[TensorHeader], second: Iterable[TensorHeader]) -> bool:

@@ -95,12 +95,3 @@ def check_tensors(values: Mapping[str, Tensor], expected: Mapping[str, tuple[int
     for name in values:
         if name not in expected:
             raise BadInput(f"tensor {name} fits no layer of this model", where=where, hint=hint)
-
-
-def from_layers(path: str) -> str:
-    """A module path from the list of decoder layers on.
-
-    The language tower of a vision-language model lies under another prefix than the same model by itself.
-    """
-    _, mark, rest = path.partition("layers.")
-    return mark + rest if mark else path

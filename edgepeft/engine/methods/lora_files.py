@@ -14,10 +14,12 @@ from typing import Any, NamedTuple
 import msgspec
 from torch import Tensor
 
-from edgepeft.engine.methods.adapter import AttachedAdapter, check_tensors, from_layers
+from edgepeft.engine.methods.adapter import AttachedAdapter, check_tensors
 from edgepeft.engine.model.linear import AdaptedLinear
 from edgepeft.errors import BadInput, UsageError
+from edgepeft.library.peft_config import check_patterns, is_restricted, value_by_pattern
 from edgepeft.library.store import CONFIG_FILE, WEIGHTS_FILE
+from edgepeft.library.tensors import from_layers
 from edgepeft.methods.lora import LoraConfig
 
 MAGNITUDE = "lora_magnitude_vector"
@@ -79,12 +81,12 @@ def read_modules(
     """
     modules = _by_module(tensors, linears, str(folder / WEIGHTS_FILE))
     config = _lora_config(settings, modules, str(folder / CONFIG_FILE))
-    _check_patterns(settings, str(folder / CONFIG_FILE))
+    check_patterns(settings, str(folder / CONFIG_FILE))
     _check_targets(settings, modules, linears, folder)
     found: dict[str, LoraModule] = {}
     for path in (path for path in linears if path in modules):
-        rank = int(_by_pattern(settings.get("rank_pattern"), path, config.rank))
-        alpha = float(_by_pattern(settings.get("alpha_pattern"), path, config.alpha))
+        rank = int(value_by_pattern(settings.get("rank_pattern"), path, config.rank))
+        alpha = float(value_by_pattern(settings.get("alpha_pattern"), path, config.alpha))
         out_features, in_features = linears[path].weight_source.shape
         expected: dict[str, tuple[int, ...]] = {
             f"{path}.lora_A.weight": (rank, in_features),
@@ -133,7 +135,7 @@ def _by_module(
 
 def _lora_config(settings: Mapping[str, Any], modules: Iterable[str], where: str) -> LoraConfig:
     targets = settings.get("target_modules")
-    named = isinstance(targets, list) and bool(targets) and not _restricted(settings)
+    named = isinstance(targets, list) and bool(targets) and not is_restricted(settings)
     rank, alpha, dropout = settings.get("r"), settings.get("lora_alpha"), settings.get("lora_dropout") or 0.0
     if not isinstance(rank, int) or not isinstance(alpha, int | float) or not isinstance(dropout, int | float):
         raise BadInput("r and lora_alpha must be numbers", where=where, hint="Save the adapter anew")
@@ -155,7 +157,7 @@ def _check_targets(
 ) -> None:
     """Every layer that the config targets must be in the file."""
     targets = settings.get("target_modules")
-    if not isinstance(targets, list) or _restricted(settings):
+    if not isinstance(targets, list) or is_restricted(settings):
         return
     for path in linears:
         if path not in modules and any(path == target or path.endswith(f".{target}") for target in targets):
@@ -163,33 +165,4 @@ def _check_targets(
                 f"tensor {path}.lora_A.weight is missing, though {CONFIG_FILE} targets it",
                 where=str(folder / WEIGHTS_FILE),
                 hint="It belongs to another base model or was damaged",
-            )
-
-
-def _restricted(settings: Mapping[str, Any]) -> bool:
-    """Whether target_modules alone does not say which layers are changed."""
-    return any(settings.get(key) is not None for key in ("layers_to_transform", "layers_pattern", "exclude_modules"))
-
-
-def _by_pattern(patterns: Mapping[str, Any] | None, path: str, default: float) -> float:
-    """The value of the first pattern that ends `path`, as PEFT matches them."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return float(value)
-    return default
-
-
-def _check_patterns(settings: Mapping[str, Any], where: str) -> None:
-    for key in ("rank_pattern", "alpha_pattern"):
-        patterns = settings.get(key) or {}
-        try:
-            sound = isinstance(patterns, dict) and all(
-                isinstance(value, int | float) and value > 0 and re.compile(pattern)
-                for pattern, value in patterns.items()
-            )
-        except re.error:
-            sound = False
-        if not sound:
-            raise BadInput(
-                f"{key} must give a number above 0 for each module pattern", where=where, hint="Save the adapter anew"
             )

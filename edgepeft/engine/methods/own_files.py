@@ -14,11 +14,12 @@ from typing import Any, TypeVar
 import msgspec
 from torch import Tensor
 
-from edgepeft.engine.methods.adapter import PEFT_PREFIX, AttachedAdapter, Parts, check_tensors, from_layers
+from edgepeft.engine.methods.adapter import PEFT_PREFIX, AttachedAdapter, Parts, check_tensors
 from edgepeft.engine.model.load import LoadedModel
 from edgepeft.errors import BadInput, EdgepeftError
 from edgepeft.library.peft_config import OWN_KEY, OWN_PREFIX
 from edgepeft.library.store import CONFIG_FILE, WEIGHTS_FILE
+from edgepeft.library.tensors import from_layers
 
 Config = TypeVar("Config", bound=msgspec.Struct)
 
