@@ -123,7 +123,7 @@ def choose_setup(
     if not device.present:
         raise UsageError(f"this machine has no {device.name}", where="--gpu", hint="Leave the option out, or use cpu")
     chosen: Precision = (
-        msgspec.convert(precision, Precision) if precision else card.recipe.precision if card else "bf16"
+        msgspec.convert(precision, Precision) if precision else (card.precision if card else None) or "bf16"
     )
     warnings += precision_warnings(chosen, adapters)
     return Setup(
@@ -148,11 +148,11 @@ def entry_warnings(entry: ModelEntry, adapters: Sequence[ChosenAdapter]) -> list
 
 def precision_warnings(precision: Precision, adapters: Sequence[ChosenAdapter]) -> list[str]:
     """Where the base is held in another precision than in training: the adapter learned to correct that one."""
+    trained = [(chosen.adapter, chosen.adapter.card.precision) for chosen in adapters if chosen.adapter.card]
     return [
-        f"{chosen.adapter.reference} was trained on a base in {chosen.adapter.card.recipe.precision}, and this one "
-        f"is held in {precision}: answers may differ"
-        for chosen in adapters
-        if chosen.adapter.card is not None and chosen.adapter.card.recipe.precision != precision
+        f"{adapter.reference} was trained on a base in {held}, and this one is held in {precision}: answers may differ"
+        for adapter, held in trained
+        if held is not None and held != precision
     ]
 
 
@@ -195,7 +195,7 @@ def choose_prompting(
             used, name = _built_in(folder, tokenizer)
             warnings.append(f"{entry.name}: {error.what}; using the built-in one called {name}")
     stops = dict.fromkeys([*(trained.stop_token_ids if trained else ()), *tokenizer.stop_token_ids(used)])
-    system = card.recipe.data.system if card else None
+    system = card.system if card else None
     return Prompting(tokenizer, used, tuple(stops), system, tuple(warnings))
 
 
@@ -212,7 +212,7 @@ def encode_conversation(messages: Sequence[dict[str, str]], prompting: Prompting
 
 
 def _base_of(adapter: AdapterFolder, card: Card | None, progress: Progress | None) -> ModelEntry:
-    if card is not None:
+    if card is not None and card.base_fingerprint:
         for entry in list_models():
             if entry.fingerprint == card.base_fingerprint:
                 return ensure_model(entry.name, progress)
@@ -248,10 +248,10 @@ def _own_template(folder: Path) -> ChatTemplate | None:
 
 
 def _frozen_text(template: ChatTemplate, card: Card) -> str:
-    """The base's template as training froze it: with the day on which the card was written."""
-    if not template.uses_date:
+    """The base's template as training froze it."""
+    if not template.uses_date or not card.template_day:
         return template.text
-    return template.freeze_date(datetime.date.fromisoformat(card.created[:10])).text
+    return template.freeze_date(datetime.date.fromisoformat(card.template_day)).text
 
 
 def _built_in(folder: Path, tokenizer: Tokenizer) -> tuple[ChatTemplate, str]:

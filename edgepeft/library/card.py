@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
-from edgepeft.spec import Layout, Recipe
+from edgepeft.spec import ComputeDtype, Layout, Precision, Recipe
 
 CARD_FILE = "card.json"
+How = Literal["exact", "svd", "linear", "ties", "dare", "factors"]
+"""How adapters are combined; what each does is told in `edgepeft.engine.combine.composition`."""
 
 
 class ChangedParameter(msgspec.Struct, frozen=True):
@@ -28,35 +32,115 @@ class TemplateRecord(msgspec.Struct, frozen=True):
     """Tokens that end an answer."""
 
 
+class CombinedPart(msgspec.Struct, frozen=True):
+    """One adapter that went into a combination."""
+
+    adapter: str
+    """`NAME@vK`, or the absolute path of a folder."""
+    sha256: str
+    """`sha256:…` of its adapter_model.safetensors."""
+    weight: float
+    """What its update was multiplied with."""
+    samples: int | None = None
+    """Training samples that the weight was taken from; None where it was said, or is the same for all."""
+
+
+class Combination(msgspec.Struct, frozen=True):
+    """How an adapter was made from others, without training."""
+
+    command: Literal["composed", "averaged"]
+    how: How
+    parts: tuple[CombinedPart, ...]
+    """In the order in which they were named."""
+    rank: int | None = None
+    """Rank that the result was truncated to; None where it was not."""
+    density: float | None = None
+    """Share of each update's entries that was kept (ties, dare)."""
+    seed: int | None = None
+    """Of the entries that were dropped (dare)."""
+    energy_kept: float | None = None
+    """Share of the squared singular values that the truncation kept; None without one."""
+    distance: float = 0.0
+    """‖result − weighted sum‖ / ‖weighted sum‖, Frobenius norms over all modules together."""
+    precision: Precision | None = None
+    """How the base was held when the parts were trained; None where they differ or do not tell."""
+    compute_dtype: ComputeDtype | None = None
+    """Likewise what was computed in."""
+    system: str | None = None
+    """The system message of all parts; None where they differ or have none."""
+    template_day: str = ""
+    """ISO date that the card's template is frozen to."""
+
+    @property
+    def formula(self) -> str:
+        """`0.7 × a@v1 + 0.3 × b@v2, exact`."""
+        terms = [f"{part.weight:.6g} × {part.adapter}" for part in self.parts]
+        return f"{' + '.join(terms)}, {self.how}"
+
+
 class Card(msgspec.Struct, frozen=True):
-    """The record kept beside an adapter's weights."""
+    """The record kept beside an adapter's weights: of one that was trained, or of one that was combined from others.
+
+    The latter has `combined`, and neither recipe nor layout nor run.
+    """
 
     name: str
     version: int
     base: str
     """Name of the base model where it was trained."""
     base_fingerprint: str
-    """`sha256:…` over the base's source weights."""
-    recipe: Recipe
-    layout: Layout
-    """The layout at the end of the run."""
+    """`sha256:…` over the base's source weights; empty where no part of a combination tells it."""
+    recipe: Recipe | None
+    """None for a combination."""
+    layout: Layout | None
+    """The layout at the end of the run; None for a combination."""
     parameters: tuple[ChangedParameter, ...]
     trainable_parameters: int
-    trainable_share: float
-    """Of all the model's parameters, as a fraction."""
+    trainable_share: float | None
+    """Of all the model's parameters, as a fraction; None where the base's size is not known."""
     versions: dict[str, str]
-    """Package → version at training time."""
+    """Package → version when it was made."""
     template: TemplateRecord | None
-    """None for plain-text training."""
+    """None for plain-text training, and where the parts of a combination differ."""
     created: str
     """ISO 8601, UTC."""
     run: str
-    """Id of the run that made it."""
+    """Id of the run that made it; empty for a combination."""
     steps: int
     """Optimizer steps that made these weights; the run may have made more, see `last_step` of the metrics."""
     metrics: dict[str, float] = {}
-    """train_loss, eval_loss, base_eval_loss, train_seconds, tokens_per_second, measured_peak_bytes, energy_wh,
-    co2_grams …"""
+    """train_loss, eval_loss, base_eval_loss, train_samples (distinct ones that were trained on), train_seconds,
+    tokens_per_second, measured_peak_bytes, energy_wh, co2_grams …"""
     parent: str = ""
     """`NAME@vK` that training started from."""
     notes: tuple[str, ...] = ()
+    combined: Combination | None = None
+    """How it was made from other adapters; None for one that was trained."""
+
+    @property
+    def precision(self) -> Precision | None:
+        """How the base was held in training; None where the parts of a combination differ or do not tell."""
+        if self.recipe is not None:
+            return self.recipe.precision
+        return self.combined.precision if self.combined is not None else None
+
+    @property
+    def compute_dtype(self) -> ComputeDtype | None:
+        """What training computed in; None where the parts of a combination differ or do not tell."""
+        if self.recipe is not None:
+            return self.recipe.compute_dtype
+        return self.combined.compute_dtype if self.combined is not None else None
+
+    @property
+    def system(self) -> str | None:
+        """The system message of training records that had none; None without one."""
+        if self.recipe is not None:
+            return self.recipe.data.system
+        return self.combined.system if self.combined is not None else None
+
+    @property
+    def template_day(self) -> str:
+        """ISO date that the template's date is frozen to."""
+        if self.recipe is not None:
+            return self.recipe.data.day or self.created[:10]
+        return self.combined.template_day if self.combined is not None else ""

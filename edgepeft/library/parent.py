@@ -141,16 +141,22 @@ def weights_digest(adapter: AdapterFolder) -> str:
 
 
 def lineage(card: Card) -> list[str]:
-    """The adapters that one goes back to, its parent first, as far as the library knows them."""
+    """The adapters that one goes back to, its parent first, as far as the library knows them.
+
+    It ends at a combination, whose formula is the last entry.
+    """
     line: list[str] = []
-    parent = card.parent
-    while parent and parent not in line and len(line) < _LONGEST_LINE:
-        line.append(parent)
+    found: Card | None = card
+    while found is not None and len(line) < _LONGEST_LINE:
+        if found.combined is not None:
+            line.append(found.combined.formula)
+        if not found.parent or found.parent in line:
+            break
+        line.append(found.parent)
         try:
-            found = resolve_adapter(parent).card
+            found = resolve_adapter(found.parent).card
         except EdgepeftError:
             break
-        parent = found.parent if found is not None else ""
     return line
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import msgspec
 
-from edgepeft.errors import BadInput, EdgepeftError
+from edgepeft.errors import BadInput, EdgepeftError, UsageError
 from edgepeft.library.card import CARD_FILE, Card
 from edgepeft.library.peft_config import check_supported
 from edgepeft.library.tensors import dimensions_differ, shape_mismatch
@@ -64,7 +64,7 @@ class AuditLine(msgspec.Struct, frozen=True):
     """ISO 8601, UTC."""
     user: str
     action: str
-    """published, imported or removed."""
+    """published, composed, averaged, imported, rolled back or removed."""
     version: int
     detail: str = ""
 
@@ -98,6 +98,16 @@ def resolve_adapter(reference: str) -> AdapterFolder:
     names = sorted({adapter.name for adapter in list_adapters() if adapter.name})
     known = f"Known: {', '.join(names)}; or give a folder" if names else "The library is empty; give a folder"
     raise BadInput(f"no adapter is called {reference!r}", where="adapter", hint=known)
+
+
+def find_newest(name: str) -> AdapterFolder | None:
+    """The newest usable version of a name; None where there is none."""
+    for version in reversed(_versions(name)):
+        try:
+            return open_adapter(home().adapters / name / f"v{version}", name, version)
+        except BadInput:
+            continue
+    return None
 
 
 def open_adapter(folder: Path, name: str | None = None, version: int | None = None) -> AdapterFolder:
@@ -202,6 +212,8 @@ def publish(folder: Path, name: str, card: Card) -> str:
     """
     check_name(name)
     check_same_base(name, card.base_fingerprint)
+    if card.combined is not None:
+        return _add(open_adapter(folder), name, card, card.combined.command, card.combined.formula)
     return _add(open_adapter(folder), name, card, "published", card.run)
 
 
@@ -235,17 +247,59 @@ def import_adapter(folder: Path, name: str) -> str:
 def check_same_base(name: str, base_fingerprint: str) -> None:
     """Refuses a base other than the one that the versions of `name` were trained on.
 
+    Args:
+        name: in the library, or not yet.
+        base_fingerprint: empty where the base is not known; then nothing is refused.
+
     Raises:
         BadInput: they were trained on another base.
     """
     for version in reversed(_versions(name)):
         card = read_card(home().adapters / name / f"v{version}")
-        if card is not None and card.base_fingerprint != base_fingerprint:
+        if card is not None and base_fingerprint and card.base_fingerprint not in ("", base_fingerprint):
             raise BadInput(
                 f"adapter {name!r} exists and was trained on another base, {card.base}",
                 where="--name",
                 hint="Choose another name for an adapter over this base",
             )
+
+
+def rollback(reference: str, version: str | None = None) -> tuple[str, int]:
+    """Publishes an older version once more as the newest, so that NAME means it again; nothing is lost.
+
+    Args:
+        reference: `NAME`, or `NAME@v1` with the version.
+        version: `v1` or `1`; None for the one before the newest.
+
+    Returns:
+        The new `NAME@vK`, and the number of the version that it is a copy of.
+
+    Raises:
+        UsageError: no version can be meant, or two are named.
+        BadInput: there is no such adapter or version, it is broken, or it is the newest already.
+        DiskProblem: the disk is full, or may not be written.
+    """
+    match = _REFERENCE.fullmatch(reference)
+    name, wanted = match.groups() if match else ("", None)
+    versions = _versions(name) if name else []
+    if not versions:
+        raise BadInput(f"no adapter in the library is called {reference!r}", hint="See: edgepeft adapters list")
+    if version is not None:
+        said = _VERSION.fullmatch(f"v{version.removeprefix('v')}")
+        if wanted is not None or said is None:
+            what = f"{version!r} is no version" if said is None else f"two versions are named, v{wanted} and {version}"
+            raise UsageError(what, where="VERSION", hint=f"Write for example: adapters rollback {name} v{versions[0]}")
+        wanted = said.group(1)
+    has = ", ".join(f"v{number}" for number in versions)
+    if wanted is None and len(versions) == 1:
+        raise BadInput(f"adapter {name!r} has {has} only", where=reference, hint="There is nothing to go back to")
+    number = versions[-2] if wanted is None else int(wanted)
+    if number not in versions:
+        raise BadInput(f"adapter {name!r} has no v{number}", where=reference, hint=f"It has {has}")
+    if number == versions[-1]:
+        raise BadInput(f"v{number} is the newest version of {name!r} already", where=reference, hint=f"It has {has}")
+    old = open_adapter(home().adapters / name / f"v{number}", name, number)
+    return _add(old, name, old.card, "rolled back", f"to v{number}"), number
 
 
 def removable(reference: str) -> tuple[str, int | None, list[str]]:
@@ -293,7 +347,7 @@ def check_base(adapter: AdapterFolder, entry: ModelEntry) -> list[str]:
     Raises:
         BadInput: it was trained on another base, or is of a kind that is not known here.
     """
-    if adapter.card is not None:
+    if adapter.card is not None and adapter.card.base_fingerprint:
         if adapter.card.base_fingerprint == entry.fingerprint:
             return []
         raise BadInput(
@@ -311,8 +365,9 @@ def check_base(adapter: AdapterFolder, entry: ModelEntry) -> list[str]:
             where=adapter.reference,
             hint=f"Its config says it was trained on {claimed}",
         )
+    lacks = "no card" if adapter.card is None else "a card without its base"
     return [
-        f"{adapter.reference} has no card: its tensors have the sizes of {entry.name}, "
+        f"{adapter.reference} has {lacks}: its tensors have the sizes of {entry.name}, "
         f"but that it was trained on these weights is unverified (its config says {claimed})"
     ]
 

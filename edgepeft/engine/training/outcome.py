@@ -144,6 +144,8 @@ def _make_card(training: Training, step: int, eval_loss: float | None, energy: M
         "eval_loss": eval_loss,
         "best_eval_loss": position.best_eval_loss,
         "base_eval_loss": position.base_eval_loss,
+        # The first pass over the data takes each sample once.
+        "train_samples": float(min(len(training.train), step * recipe.samples_per_step)),
         "last_step": float(position.step),
         "last_eval_loss": position.last_eval_loss,
         "train_seconds": position.train_seconds,
