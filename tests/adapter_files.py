@@ -41,6 +41,50 @@ def write_peft_folder(folder: Path, shape: ModelShape, *, rank: int = 4, seed: i
     return folder
 
 
+def write_lora(folder: Path, sizes: dict[str, tuple[int, int, int]], *, seed: int = 0, **changes: Any) -> Path:
+    """A folder as PEFT saves it: module path → (rank, in, out); `changes` go into its config."""
+    from safetensors.numpy import save_file
+
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(seed)
+    tensors = {}
+    for path, (rank, inner, outer) in sizes.items():
+        tensors[f"base_model.model.{path}.lora_A.weight"] = random.standard_normal((rank, inner)).astype(np.float32)
+        tensors[f"base_model.model.{path}.lora_B.weight"] = random.standard_normal((outer, rank)).astype(np.float32)
+    save_file(tensors, str(folder / "adapter_model.safetensors"))
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": "tiny",
+        "r": next(iter(sizes.values()))[0],
+        "lora_alpha": 8,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(sizes),
+    } | changes
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def dense_updates(folder: Path) -> dict[str, np.ndarray]:
+    """Module path → ΔW [out, in] in float64, straight from the files of a folder that `write_lora` or we wrote."""
+    from safetensors.numpy import load_file
+
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(str(folder / "adapter_model.safetensors"))
+    found = {}
+    for key, A in tensors.items():
+        if ".lora_A." not in key:
+            continue
+        path = key.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
+        alphas = config.get("alpha_pattern") or {}
+        alpha = next((value for end, value in alphas.items() if path.endswith(end)), config["lora_alpha"])
+        rank = A.shape[0]
+        scale = alpha / (rank**0.5 if config.get("use_rslora") else rank)
+        found[path] = scale * tensors[key.replace("lora_A", "lora_B")].astype(np.float64) @ A.astype(np.float64)
+    return found
+
+
 def make_card(**changes: Any) -> Card:
     """A card; `changes` replace its fields, and precision, system and fingerprint those inside."""
     precision = changes.pop("precision", "nf4")

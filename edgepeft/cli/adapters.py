@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from edgepeft.cli import combine
 from edgepeft.cli.output import JsonFlag, line, note, print_json, row, table
 from edgepeft.cli.output import console as out
 
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
     from edgepeft.library.card import Card
     from edgepeft.library.store import AdapterFolder
 
-app = typer.Typer(no_args_is_help=True, help="List, show, import and remove adapters.")
+app = typer.Typer(no_args_is_help=True, help="List, show, import, combine, roll back and remove adapters.")
+app.command("compose")(combine.compose)
+app.command("average")(combine.average)
 
 Reference = Annotated[str, typer.Argument(help="NAME, NAME@v2 or a folder.")]
 
@@ -49,9 +52,9 @@ def list_(as_json: JsonFlag = False) -> None:
         row(
             grid,
             adapter.reference,
-            card.base if card else str(adapter.config.get("base_model_name_or_path") or "n/a"),
+            (card.base if card else str(adapter.config.get("base_model_name_or_path") or "")) or "n/a",
             _method(adapter),
-            card.recipe.precision if card else "n/a",
+            (card.precision if card else None) or "n/a",
             "n/a" if loss is None else f"{loss:.3f}",
             format_bytes(adapter.weights.stat().st_size),
             card.created[:16].replace("T", " ") if card else "imported",
@@ -132,6 +135,26 @@ def import_(
     line(f"Imported as {reference}")
 
 
+@app.command("rollback")
+def rollback(
+    reference: Annotated[str, typer.Argument(help="NAME of an adapter in the library.")],
+    version: Annotated[
+        str | None, typer.Argument(help="v1, v2, …; by default the one before the newest.", show_default=False)
+    ] = None,
+    as_json: JsonFlag = False,
+) -> None:
+    """Make NAME mean an older version again: it is published once more as the newest, and nothing is lost."""
+    from edgepeft.library.store import resolve_adapter
+    from edgepeft.library.store import rollback as roll_back
+
+    made, number = roll_back(reference, version)
+    adapter = resolve_adapter(made)
+    if as_json:
+        print_json({**_summary(adapter), "rolled_back_to": f"{adapter.name}@v{number}"})
+        return
+    line(f"{made} is a copy of v{number}: {adapter.name} means it from now on, and every version is still there")
+
+
 @app.command("remove")
 def remove(
     reference: Annotated[str, typer.Argument(help="NAME for all its versions, or NAME@v2.")],
@@ -169,7 +192,8 @@ def _summary(adapter: AdapterFolder) -> dict[str, Any]:
         "method": _method(adapter),
         "base": card.base if card else adapter.config.get("base_model_name_or_path"),
         "base_fingerprint": card.base_fingerprint if card else None,
-        "precision": card.recipe.precision if card else None,
+        "precision": card.precision if card else None,
+        "combined": card.combined if card else None,
         "created": card.created if card else None,
         "metrics": card.metrics if card else {},
     }
@@ -186,41 +210,24 @@ def _method(adapter: AdapterFolder) -> str:
 def _lineage_lines(card: Card) -> list[tuple[str, str]]:
     from edgepeft.library.parent import lineage
 
+    parent = card.recipe.parent if card.recipe else None
     if not card.parent:
         return []
-    parent = card.recipe.parent
     return [("continues", " ← ".join(lineage(card)))] + ([("parent weights", parent.sha256)] if parent else [])
 
 
 def _card_lines(card: Card) -> list[tuple[str, str]]:
-    from edgepeft.methods import id_of
-    from edgepeft.plan.reasons import method_values
     from edgepeft.units import format_bytes, format_count, format_seconds, format_share
 
-    recipe, layout = card.recipe, card.layout
-    settings = "".join(f", {name} {value}" for name, value in method_values(recipe.method).items())
+    share = "" if card.trainable_share is None else f", {format_share(card.trainable_share, digits=2)} of the model's"
     lines = [
-        ("made", f"{card.created}, by run {card.run}, {card.steps} steps"),
-        ("base", f"{card.base}, held in {recipe.precision}, computed in {recipe.compute_dtype}"),
-        ("base fingerprint", card.base_fingerprint),
-        ("method", id_of(recipe.method) + settings),
-        (
-            "trainable",
-            f"{format_count(card.trainable_parameters)} parameters, "
-            f"{format_share(card.trainable_share, digits=2)} of the model's",
-        ),
+        *(combine.combination_lines(card, card.combined) if card.combined else []),
+        *_recipe_lines(card),
+        ("trainable", f"{format_count(card.trainable_parameters)} parameters{share}"),
         *_lineage_lines(card),
-        ("data", f"{recipe.data.path} ({recipe.data.format}, trained on {recipe.data.train_on})"),
-        ("data fingerprint", recipe.data.fingerprint),
-        (
-            "recipe",
-            f"{recipe.epochs:g} epochs, {recipe.samples_per_step} samples a step, up to {recipe.max_seq_len} tokens, "
-            f"learning rate {recipe.optimizer.learning_rate:g} {recipe.schedule.name}, seed {recipe.seed}",
-        ),
-        ("layout", f"{layout.micro_batch_tokens} tokens a micro-batch, checkpointing {layout.checkpointing}"),
     ]
-    if recipe.data.system:
-        lines.append(("system message", recipe.data.system))
+    if card.system:
+        lines.append(("system message", card.system))
     if card.template:
         lines.append(
             (
@@ -244,13 +251,40 @@ def _card_lines(card: Card) -> list[tuple[str, str]]:
     return lines
 
 
+def _recipe_lines(card: Card) -> list[tuple[str, str]]:
+    """What is known of the training; for a combination, of the base alone."""
+    held = f", held in {card.precision}" if card.precision else ""
+    computed = f", computed in {card.compute_dtype}" if card.compute_dtype else ""
+    base = [("base", f"{card.base or 'n/a'}{held}{computed}"), ("base fingerprint", card.base_fingerprint or "n/a")]
+    recipe, layout = card.recipe, card.layout
+    if recipe is None or layout is None:
+        return base
+    from edgepeft.methods import id_of
+    from edgepeft.plan.reasons import method_values
+
+    settings = "".join(f", {name} {value}" for name, value in method_values(recipe.method).items())
+    return [
+        ("made", f"{card.created}, by run {card.run}, {card.steps} steps"),
+        *base,
+        ("method", id_of(recipe.method) + settings),
+        ("data", f"{recipe.data.path} ({recipe.data.format}, trained on {recipe.data.train_on})"),
+        ("data fingerprint", recipe.data.fingerprint),
+        (
+            "recipe",
+            f"{recipe.epochs:g} epochs, {recipe.samples_per_step} samples a step, up to {recipe.max_seq_len} tokens, "
+            f"learning rate {recipe.optimizer.learning_rate:g} {recipe.schedule.name}, seed {recipe.seed}",
+        ),
+        ("layout", f"{layout.micro_batch_tokens} tokens a micro-batch, checkpointing {layout.checkpointing}"),
+    ]
+
+
 def _config_lines(adapter: AdapterFolder) -> list[tuple[str, str]]:
     config = adapter.config
     targets = config.get("target_modules")
     return [
         ("card", "none: it was not made by edgepeft, so its base is checked by shape only"),
         ("base", f"{config.get('base_model_name_or_path') or 'n/a'}, as its config says"),
-        ("method", f"{_method(adapter)}, alpha {config.get('lora_alpha', 'n/a')}"),
+        ("method", _method(adapter) + (f", alpha {config['lora_alpha']}" if "lora_alpha" in config else "")),
         ("modules", ", ".join(sorted(map(str, targets))) if isinstance(targets, list) else str(targets or "n/a")),
     ]
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 _QUIET_SECONDS = 10.0
 """Time between progress lines in a pipe."""
+_ETA_SHARE = 0.05
+"""Done share from which the time left is told."""
 
 
 @contextmanager
@@ -66,5 +68,42 @@ def evaluation_progress() -> Iterator[Callable[[EvaluationProgress], None]]:
         if time.monotonic() - told >= _QUIET_SECONDS or state.done == state.total:
             told = time.monotonic()
             note(text_of(state))
+
+    yield tell
+
+
+@contextmanager
+def timed_progress() -> Iterator[Callable[[str, float | None], None]]:
+    """What is done, how much of it, and the time left: in place on a terminal, a line now and then in a pipe."""
+    import time
+
+    from rich.text import Text
+
+    from edgepeft.units import format_seconds
+
+    phase, begun = "", 0.0
+
+    def text_of(what: str, fraction: float | None) -> str:
+        nonlocal phase, begun
+        now = time.monotonic()
+        if what != phase:
+            phase, begun = what, now
+        if fraction is None:
+            return what
+        left = (now - begun) / fraction * (1 - fraction) if fraction >= _ETA_SHARE else None
+        return f"{what}: {fraction:.0%}" + ("" if left is None else f", {format_seconds(left)} left")
+
+    if stderr.is_terminal:
+        with stderr.status(Text("starting", style="dim"), spinner="dots") as status:
+            yield lambda what, fraction: status.update(Text(text_of(what, fraction), style="dim"))
+        return
+    told = time.monotonic()
+
+    def tell(what: str, fraction: float | None) -> None:
+        nonlocal told
+        text = text_of(what, fraction)
+        if time.monotonic() - told >= _QUIET_SECONDS:
+            told = time.monotonic()
+            note(text)
 
     yield tell

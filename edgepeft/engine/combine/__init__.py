@@ -1,0 +1,1 @@
+"""Adapters combined with each other and with their base: merge, export, compose, average."""

@@ -1,0 +1,119 @@
+"""Starts the process that combines adapters, and publishes what it made."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from edgepeft.errors import EdgepeftError, ExitCode, error_for_code
+from edgepeft.library.combined_card import adapter_config, combined_card
+from edgepeft.library.combining import Combined, CombineRequest, PartTensors, Plan
+from edgepeft.library.store import CONFIG_FILE, WEIGHTS_FILE, AdapterFolder, publish, resolve_adapter
+from edgepeft.models.conversion import ConversionFailed, ConversionProgress
+from edgepeft.models.headers import read_header
+from edgepeft.paths import disk_errors, home, make_folder, write_atomic
+from edgepeft.processes import ask_worker
+
+Progress = Callable[[str, float | None], None]
+"""Called with what is being done, and how much of it is done (0 to 1; None when that is not known)."""
+
+_DECODER = msgspec.json.Decoder(ConversionProgress | Combined | ConversionFailed)
+
+
+def combine(
+    plan: Plan, command: Literal["composed", "averaged"], progress: Progress | None = None
+) -> tuple[AdapterFolder, Combined]:
+    """Combines adapters and publishes the result as the next version of the plan's name.
+
+    Args:
+        plan: of `plan_combination`.
+        command: what the audit says was done.
+        progress: told how far it is.
+
+    Returns:
+        The new version, and what the engine found.
+
+    Raises:
+        BadInput: a tensor is damaged or not finite, or the updates cancel each other.
+        DiskProblem: the disk is full, or may not be written.
+    """
+    with _work_folder() as work:
+        made = _run(request_for(plan, work / WEIGHTS_FILE), progress)
+        config = adapter_config(plan, made.ranks)
+        write_atomic(work / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
+        card = combined_card(plan, command, made, read_header(work / WEIGHTS_FILE))
+        return resolve_adapter(publish(work, plan.name, card)), made
+
+
+def request_for(plan: Plan, weights_file: Path) -> CombineRequest:
+    """What the engine is asked for, with the result going to `weights_file`."""
+    return CombineRequest(
+        parts=tuple(
+            PartTensors(
+                name=part.adapter.reference,
+                weights_file=str(part.adapter.weights),
+                weight=part.weight,
+                pairs={paths[path]: pair for path, pair in part.pairs.items()},
+            )
+            for part, paths in zip(plan.parts, plan.paths, strict=True)
+        ),
+        how=plan.how,
+        rank=plan.rank,
+        density=plan.density,
+        seed=plan.seed or 0,
+        weights_file=str(weights_file),
+    )
+
+
+def _run(request: CombineRequest, progress: Progress | None) -> Combined:
+    outcomes: list[Combined | ConversionFailed] = []
+
+    def hear(line: bytes) -> None:
+        try:
+            message = _DECODER.decode(line)
+        except msgspec.DecodeError:
+            return
+        if not isinstance(message, ConversionProgress):
+            outcomes.append(message)
+        elif progress is not None:
+            progress(message.phase, message.fraction)
+
+    code, last_line = ask_worker("combine", [], hear, msgspec.json.encode(request))
+    outcome = outcomes[-1] if outcomes else None
+    if isinstance(outcome, Combined) and code == 0:
+        return outcome
+    if isinstance(outcome, ConversionFailed):
+        raise error_for_code(outcome.code, outcome.what, where=outcome.where, hint=outcome.hint)
+    raise _died(code, last_line)
+
+
+def _died(code: int, last_line: str) -> EdgepeftError:
+    if code in (-9, 137):
+        return error_for_code(
+            ExitCode.OUT_OF_MEMORY,
+            "the system ended the work, most likely because memory ran out",
+            where="combine",
+            hint="Close other programs, or combine fewer adapters at once",
+        )
+    reason = f": {last_line}" if last_line else ""
+    return error_for_code(ExitCode.BUG, f"the work ended with code {code}{reason}", where="combine")
+
+
+@contextlib.contextmanager
+def _work_folder() -> Iterator[Path]:
+    """An empty folder for what is being made; in the cache, which is cleared by a command should it be left behind."""
+    root = home().cache / "combining"
+    make_folder(root)
+    with disk_errors(root):
+        work = Path(tempfile.mkdtemp(dir=root))
+        try:
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
