@@ -10,7 +10,7 @@ import typer
 from edgepeft.cli.output import JsonFlag, line, note, print_json
 
 if TYPE_CHECKING:
-    from edgepeft.library.card import Card, Combination
+    from edgepeft.library.card import Card, Combination, How
     from edgepeft.library.combining import Combined, Plan
     from edgepeft.library.store import AdapterFolder
 
@@ -97,19 +97,13 @@ def combination_lines(card: Card, combined: Combination) -> list[tuple[str, str]
     """How a combined adapter was made, for `adapters show`."""
     lines = [
         ("made", f"{card.created}, {combined.command} from {len(combined.parts)} adapters without training"),
-        ("formula", combined.formula),
+        ("how", f"{combined.how}: {_kind(combined.how, combined.density, combined.seed)}"),
     ]
     for part in combined.parts:
         samples = f", {part.samples:,} samples" if part.samples else ""
         lines.append(("part", f"{part.weight:.6g} × {part.adapter}{samples}, {part.sha256}"))
-    settings = (
-        ("rank", combined.rank),
-        ("density", combined.density),
-        ("seed", combined.seed),
-    )
-    lines += [(key, f"{value:g}") for key, value in settings if value is not None]
     if combined.energy_kept is not None:
-        lines.append(("energy kept", format_kept(combined.energy_kept)))
+        lines.append(("cut", f"to rank {combined.rank}, which keeps {format_kept(combined.energy_kept)} of the energy"))
     if combined.how != "exact":
         lines.append(("away from the sum", f"{_percent(combined.distance)} of its norm"))
     return lines
@@ -167,14 +161,7 @@ def _tell(plan: Plan, adapter: AdapterFolder, made: Combined) -> None:
     line(f"{adapter.reference} = {' + '.join(f'{part.weight:.4g} × {part.adapter.reference}' for part in plan.parts)}")
     ranks = sorted(set(made.ranks.values()))
     told = str(ranks[0]) if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
-    kind = {
-        "exact": "the sum itself, ranks side by side",
-        "svd": "the sum, cut by SVD",
-        "linear": "factors added",
-        "factors": "factors averaged",
-        "ties": f"TIES, {_percent(plan.density or 0)} of the entries kept, cut by SVD",
-        "dare": f"DARE, {_percent(plan.density or 0)} of the entries kept, seed {plan.seed}, cut by SVD",
-    }[plan.how]
+    kind = _kind(plan.how, plan.density, plan.seed)
     size = format_bytes(adapter.weights.stat().st_size)
     line(f"  {kind}: rank {told} on {len(made.ranks)} linears, {size}")
     if made.energy_kept is not None and made.least_energy_kept is not None:
@@ -192,6 +179,18 @@ def _tell(plan: Plan, adapter: AdapterFolder, made: Combined) -> None:
         line(f"  {text}", "yellow")
     elif plan.how != "exact":
         line(f"  {_percent(made.distance)} away from the weighted sum (Frobenius norm)")
+
+
+def _kind(how: How, density: float | None, seed: int | None) -> str:
+    kept = f"{_percent(density or 0)} of the entries kept"
+    return {
+        "exact": "the weighted sum itself, ranks side by side",
+        "svd": "the weighted sum, cut by SVD",
+        "linear": "factors added",
+        "factors": "factors averaged",
+        "ties": f"TIES, {kept}, cut by SVD",
+        "dare": f"DARE, {kept} (seed {seed}), cut by SVD",
+    }[how]
 
 
 def _percent(share: float) -> str:

@@ -14,6 +14,7 @@ from edgepeft.library.combine_parts import TRAIN_SAMPLES
 from edgepeft.library.combining import Combined, Plan
 from edgepeft.library.peft_config import is_restricted, value_by_pattern
 from edgepeft.models.headers import TensorHeader
+from edgepeft.spec import Precision
 
 _LAYER = re.compile(r"(?:^|\.)layers\.\d+\.(?P<linear>.+)$")
 _DATE_FORMS = ("%d", "%m", "%b", "%B", "%y", "%Y", "%a", "%A", "%j")
@@ -66,7 +67,7 @@ def combined_card(
     """The card of a combination; its name and version are set when it is published."""
     template, day, notes = _common_template(plan)
     cards = [part.adapter.card for part in plan.parts if part.adapter.card is not None]
-    precision = _agreed([card.precision for card in cards])
+    precision: Precision | None = _agreed([card.precision for card in cards])
     system = _agreed([card.system for card in cards])
     held = sorted({card.precision for card in cards if card.precision})
     if len(held) > 1:

@@ -51,8 +51,8 @@ def read_lora_pairs(adapter: AdapterFolder) -> dict[str, LoraPair]:
         )
     check_supported(settings, where)
     check_patterns(settings, where)
-    rank, alpha = settings.get("r"), settings.get("lora_alpha")
-    if not _is_number(rank) or not _is_number(alpha) or rank != int(rank) or rank < 1:
+    rank = settings.get("r")
+    if not _is_number(settings.get("lora_alpha")) or not isinstance(rank, int) or rank < 1:
         raise BadInput("r and lora_alpha must be numbers, and r a whole one above 0", where=where, hint=_ANEW)
     sides = _sides(read_header(adapter.weights), adapter)
     return {path: _pair(path, sides[path], settings, adapter) for path in sorted(sides, key=_in_order)}

@@ -110,6 +110,8 @@ def test_the_best_state_is_the_one_that_a_run_of_so_many_steps_ends_with(
     assert card.steps == 4
     assert (card.metrics["eval_loss"], card.metrics["last_eval_loss"], card.metrics["last_step"]) == (1.0, 7.0, 10.0)
     assert card.metrics["base_eval_loss"] == 5.0
+    # Four steps of five samples each, of the 21 that are not held out.
+    assert card.metrics["train_samples"] == 20
     assert any("the state of step 4 is kept" in note for note in card.notes)
 
 

@@ -231,6 +231,8 @@ def test_what_a_run_leaves_behind(tmp_path: Path, base: ModelEntry) -> None:
     assert adapter.card.template is not None
     assert adapter.card.template.stop_token_ids
     assert adapter.card.metrics["eval_loss"] == finished.eval_loss
+    # Six steps of five samples go once over all of them and begin anew.
+    assert adapter.card.metrics["train_samples"] == 21
     assert {item.name for item in adapter.card.parameters} == weights(run).keys()
     second = train(tiny_run(tmp_path, base))
     assert of_type(second, Finished)[0].published == "tiny@v2"
