@@ -164,11 +164,12 @@ def _tell(plan: Plan, adapter: AdapterFolder, made: Combined) -> None:
     kind = _kind(plan.how, plan.density, plan.seed)
     size = format_bytes(adapter.weights.stat().st_size)
     line(f"  {kind}: rank {told} on {len(made.ranks)} linears, {size}")
-    if made.energy_kept is not None and made.least_energy_kept is not None:
-        line(
-            f"  energy kept by the cut: {format_kept(made.energy_kept)}, lost {_percent(1 - made.energy_kept)}; "
-            f"least in {made.least_energy_module or 'none'}: {format_kept(made.least_energy_kept)}"
-        )
+    if made.energy_kept is not None:
+        least = ""
+        if made.least_energy_kept is not None and made.least_energy_module:
+            least = f"; least in {made.least_energy_module}: {format_kept(made.least_energy_kept)}"
+        lost = _percent(max(0.0, 1 - made.energy_kept))
+        line(f"  energy kept by the cut: {format_kept(made.energy_kept)}, lost {lost}{least}")
     if plan.how in ("linear", "factors"):
         average = plan.how == "factors"
         text = _NOT_THE_SUM.format(

@@ -15,7 +15,9 @@ from edgepeft.library.store import CONFIG_FILE, AdapterFolder
 from edgepeft.library.tensors import from_layers
 from edgepeft.models.headers import TensorHeader, read_header
 
-_KEY = re.compile(r"(?:base_model\.model\.)?(?P<path>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+PREFIX = "base_model.model."
+"""What PEFT puts before every module path in its files."""
+_KEY = re.compile(rf"(?:{re.escape(PREFIX)})?(?P<path>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 _FLOATS = ("F16", "BF16", "F32", "F64")
 _ANEW = "It was damaged, or another program wrote it: save it anew where it was made"
 
@@ -45,7 +47,7 @@ def read_lora_pairs(adapter: AdapterFolder) -> dict[str, LoraPair]:
     kind = settings.get("peft_type")
     if kind != "LORA" or settings.get("use_dora"):
         raise BadInput(
-            f"is a {'DoRA' if kind == 'LORA' else kind} adapter, and only products B·A can be combined",
+            f"is of the type {'DoRA' if kind == 'LORA' else kind}, and only LoRA's products B·A can be combined",
             where=adapter.reference,
             hint="Use LoRA adapters",
         )

@@ -206,6 +206,7 @@ def only_pickle(folder: Path) -> None:
         (change_config(use_qalora=True), "uses QALoRA"),
         (change_config(bias="all"), "trained biases"),
         (change_config(modules_to_save=["lm_head"]), "modules_to_save"),
+        (change_config(init_lora_weights="pissa_niter_4"), "a base whose weights PEFT changed"),
         (change_config(r="many"), "must be numbers"),
         (change_config(lora_alpha=0), "alpha of 0"),
         (change_config(rank_pattern={"(": 3}), "rank_pattern must give a number"),

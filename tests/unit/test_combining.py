@@ -141,8 +141,8 @@ A_KEY, B_KEY = (f"base_model.model.{Q1}.lora_{side}.weight" for side in "AB")
 @pytest.mark.parametrize(
     ("config", "tensors", "said"),
     [
-        ({"peft_type": "IA3"}, {}, "is a IA3 adapter"),
-        ({"use_dora": True}, {}, "is a DoRA adapter"),
+        ({"peft_type": "IA3"}, {}, "is of the type IA3"),
+        ({"use_dora": True}, {}, "is of the type DoRA"),
         ({"modules_to_save": ["lm_head"]}, {}, "modules_to_save"),
         ({"bias": "all"}, {}, "biases"),
         ({"init_lora_weights": "pissa_niter_4"}, {}, "pissa_niter_4"),

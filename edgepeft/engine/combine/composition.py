@@ -36,11 +36,9 @@ from edgepeft.engine.combine.sparse import drop, elect_and_average, trim, trunca
 from edgepeft.engine.training.device import package_versions
 from edgepeft.errors import BadInput
 from edgepeft.library.combining import SPARSE, Combined, CombineRequest, PartTensors
-from edgepeft.library.lora_pairs import LoraPair
+from edgepeft.library.lora_pairs import PREFIX, LoraPair
 from edgepeft.paths import atomic_path
 
-PREFIX = "base_model.model."
-"""What PEFT puts before every module path in its files."""
 _NOTHING = 1e-14
 """Energy of a sum, as a share of its terms', below which it is rounding: float32 keeps 1e-7 of an entry."""
 

@@ -1,7 +1,7 @@
 """Arithmetic on updates that are kept as a product B·A of small rank; the dense matrix [out, in] is never formed.
 
-With B = Q_b R_b and Aᵀ = Q_a R_a (QR), B·A = Q_b (R_b R_aᵀ) Q_aᵀ: norms and singular values are those of the small
-core R_b R_aᵀ.
+With B = Q_b R_b and Aᵀ = Q_a R_a (QR), B·A = Q_b (R_b R_aᵀ) Q_aᵀ: its singular values are those of the small core
+R_b R_aᵀ.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 PEFT's `ties` and `dare_linear` treat A and B as if each were a task vector of its own. But the papers speak of the
 change of the weights, and neither trimming nor a vote on signs passes through a product: the sign of an entry of B
 says nothing about the sign of an entry of B·A. Here both act on ΔW = s·B·A, one module at a time. PEFT's `ties_svd` and
-`dare_linear_svd` do so as well; they trim with unweighted values and vote before they weigh, here weights come first.
+`dare_linear_svd` do so as well; its TIES lets updates vote before they are weighed, here weights come first.
 """
 
 from __future__ import annotations
