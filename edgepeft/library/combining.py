@@ -25,8 +25,8 @@ TRUNCATED: tuple[How, ...] = ("svd", "ties", "dare")
 SPARSE: tuple[How, ...] = ("ties", "dare")
 """Kinds that keep a share of an update's entries."""
 DENSITIES: dict[How, float] = {"ties": 0.2, "dare": 0.5}
-"""Shares that are kept when none is said: the TIES paper's 20 %; for DARE half, since a low rank keeps little of the
-noise that dropping more makes."""
+"""Shares that are kept when none is said: the TIES paper's 20 %. For DARE half: the fewer entries stay, the more of the
+result is noise of full rank, which the cut to a small rank loses."""
 
 
 class PartTensors(msgspec.Struct, frozen=True):
@@ -64,7 +64,7 @@ class Combined(msgspec.Struct, frozen=True, tag="combined"):
     worst_distance: float
     """The largest of a single module."""
     worst_module: str
-    """Where that is; empty when the result is exact."""
+    """Where that is."""
     energy_kept: float | None
     """Share of the squared singular values of what was truncated; None where nothing was."""
     least_energy_kept: float | None

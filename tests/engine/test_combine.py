@@ -92,9 +92,9 @@ def test_weights_fold_into_both_factors(tmp_path: Path, mixed: tuple[Path, Path,
     first, second, _ = mixed
     composed(tmp_path / "mix", [f"{first}=100", f"{second}=-1"])
     own, result = (load_file(folder / "adapter_model.safetensors") for folder in (first, tmp_path / "mix"))
-    for side, rows in (("A", slice(None)), ("B", slice(None))):
+    for side in "AB":
         key = f"base_model.model.{Q1}.lora_{side}.weight"
-        torch.testing.assert_close(result[key][rows], own[key][rows] * math.sqrt(100 * 16 / 4))
+        torch.testing.assert_close(result[key], own[key] * math.sqrt(100 * 16 / 4))
 
 
 def test_more_ranks_than_a_matrix_has_are_cut_without_loss(tmp_path: Path) -> None:

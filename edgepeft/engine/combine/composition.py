@@ -189,7 +189,7 @@ def _read_factors(part: PartTensors, file: Any, pair: LoraPair) -> Factors:
     """A and B of one module in float64.
 
     Raises:
-        BadInput: one is not there as the header said, or not finite.
+        BadInput: one is damaged, not as the header said, or not finite.
     """
     read = []
     for key, shape in (
@@ -200,7 +200,9 @@ def _read_factors(part: PartTensors, file: Any, pair: LoraPair) -> Factors:
             value: Tensor = file.get_tensor(key)
         except (SafetensorError, OSError) as error:
             raise BadInput(f"tensor {key} is damaged", where=part.weights_file, hint="Copy it anew") from error
-        if tuple(value.shape) != shape or not bool(torch.isfinite(value).all()):
+        if tuple(value.shape) != shape:
+            raise BadInput("was changed meanwhile", where=part.weights_file, hint="Try again")
+        if not bool(torch.isfinite(value).all()):
             raise BadInput(
                 f"tensor {key} of {part.name} holds values that are not finite numbers",
                 where=part.weights_file,
