@@ -170,7 +170,7 @@ def _method(adapter: AdapterFolder, shape: ModelShape) -> MethodConfig:
     method = method_id_of(adapter.config, where)
     if method == "lora":
         return _lora(adapter, shape)
-    if adapter.card is None:
+    if adapter.card is None or adapter.card.recipe is None:
         raise BadInput(
             f"it is a {method} adapter that edgepeft did not make: of other programs only a LoRA can be continued",
             where=where,

@@ -20,7 +20,7 @@ from edgepeft.engine.combine.composition import combine
 from edgepeft.engine.combine.low_rank import Factors, truncate
 from edgepeft.engine.combine.sparse import drop, elect_and_average, trim, truncate_dense
 from edgepeft.engine.methods import set_active
-from edgepeft.engine.methods.peft_files import read_adapter
+from edgepeft.engine.methods.files import read_adapter
 from edgepeft.engine.model.load import load_model
 from edgepeft.errors import BadInput
 from edgepeft.library.combine_client import request_for
