@@ -12,6 +12,7 @@ from typing import Any, get_origin, get_type_hints
 import msgspec
 
 from edgepeft.errors import UsageError
+from edgepeft.methods.bias import Bias, BiasConfig
 from edgepeft.methods.bottleneck import Bottleneck, BottleneckConfig
 from edgepeft.methods.compacter import Compacter, CompacterConfig
 from edgepeft.methods.ia3 import Ia3, Ia3Config
@@ -20,7 +21,7 @@ from edgepeft.methods.norm import Norm, NormConfig
 from edgepeft.methods.terms import Branch, BranchTerms, LinearTerms, Method, Trained
 from edgepeft.models.shape import ModelShape
 
-MethodConfig = LoraConfig | BottleneckConfig | CompacterConfig | Ia3Config | NormConfig
+MethodConfig = LoraConfig | BottleneckConfig | CompacterConfig | Ia3Config | NormConfig | BiasConfig
 
 METHODS: dict[str, Method] = {
     "lora": Lora(LoraConfig),
@@ -28,6 +29,7 @@ METHODS: dict[str, Method] = {
     "compacter": Compacter(CompacterConfig),
     "ia3": Ia3(Ia3Config),
     "norm": Norm(NormConfig),
+    "bias": Bias(BiasConfig),
 }
 """Every method by its id."""
 

@@ -19,6 +19,7 @@ from edgepeft.engine.training.batches import Sample
 from edgepeft.engine.training.memory import MemoryGauge
 from edgepeft.engine.training.step import StepRunner
 from edgepeft.methods import METHODS, LoraConfig, count_parameters, id_of
+from edgepeft.methods.bias import BiasConfig
 from edgepeft.methods.bottleneck import BottleneckConfig
 from edgepeft.methods.compacter import CompacterConfig
 from edgepeft.methods.ia3 import Ia3Config
@@ -43,12 +44,20 @@ CONFIGS: dict[str, Any] = {
     "ia3": Ia3Config(),
     "ia3 of results": Ia3Config(outputs=("q_proj", "gate_proj", "down_proj"), inputs=("o_proj", "up_proj")),
     "norm": NormConfig(),
+    "bias": BiasConfig(),
+    "some biases": BiasConfig(("v_proj", "o_proj")),
 }
 
 SMOOTH = {name: config for name, config in CONFIGS.items() if getattr(config, "activation", "") != "relu"}
 """Without those that have a kink, across which rounding moves values."""
 
 each_method = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
+
+
+@pytest.fixture
+def tiny_model(tmp_path: Path) -> Path:
+    """With biases, which one of the methods needs."""
+    return write_tiny_model(tmp_path / "tiny-model", biased=True)
 
 
 def load(folder: Path, precision: Any = "fp32", compute: Any = "fp32") -> LoadedModel:
@@ -106,7 +115,8 @@ def _hook(
             weight = module.weight + change
             lengths = torch.lerp(module.weight.norm(dim=1), own["lora_magnitude_vector"], strength)
             factors = lengths / weight.norm(dim=1).detach()
-            change_output(lambda x, y: x @ weight.t() * factors)
+            bias = 0 if module.bias is None else module.bias
+            change_output(lambda x, y: x @ weight.t() * factors + bias)
         else:
             change_output(lambda x, y: y + x @ change.t())
     elif kind == "ia3":
@@ -115,6 +125,8 @@ def _hook(
             module.register_forward_pre_hook(lambda module, arguments: (arguments[0] * factors,))
         else:
             change_output(lambda x, y: y * factors)
+    elif kind == "bias":
+        change_output(lambda x, y: y + strength * own["beft_bias"])
     elif kind == "norm":
         weight = module.weight
         mixed = weight + strength * (own["ln_tuning_layers.weight"] - weight)
@@ -149,7 +161,7 @@ def close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
 @each_method
 @pytest.mark.parametrize("strength", [1.0, 0.6])
 def test_gradients_are_those_of_a_plain_float64_model(tmp_path: Path, config: Any, strength: float) -> None:
-    folder = write_tiny_model(tmp_path / "model", seed=3)
+    folder = write_tiny_model(tmp_path / "model", seed=3, biased=True)
     loaded = load(folder)
     adapter = attach(loaded, "a", config, seed=1)
     fill(adapter)
@@ -173,7 +185,7 @@ def test_gradients_on_every_base_are_near_those_of_the_dense_one(
     tmp_path: Path, config: Any, precision: Any, compute: Any
 ) -> None:
     """The frozen values of the quantized base, held densely in float32, are the reference."""
-    folder = write_tiny_model(tmp_path / "model", seed=3)
+    folder = write_tiny_model(tmp_path / "model", seed=3, biased=True)
     entry = ensure_model(str(folder))
     found: list[dict[str, Tensor]] = []
     for loaded in (
@@ -244,7 +256,7 @@ def test_saving_and_loading_keeps_every_bit(tiny_model: Path, tmp_path: Path, co
 
 @each_method
 def test_trainable_entries_are_those_that_the_light_half_counts(tmp_path: Path, config: Any) -> None:
-    loaded = load(write_tiny_model(tmp_path / "model"))
+    loaded = load(write_tiny_model(tmp_path / "model", biased=True))
     named = attach(loaded, "a", config, seed=1).named_parameters()
     assert sum(value.numel() for value in named.values()) == count_parameters(config, loaded.shape)
     trained = METHODS[id_of(config)].trained(config, loaded.shape)
@@ -267,7 +279,7 @@ def _step_gradients(loaded: LoadedModel, adapter: AttachedAdapter, layout: Layou
 
 @each_method
 def test_packing_checkpointing_and_accumulation_change_nothing(tmp_path: Path, config: Any) -> None:
-    entry = ensure_model(str(write_tiny_model(tmp_path / "model")))
+    entry = ensure_model(str(write_tiny_model(tmp_path / "model", biased=True)))
     recipe = tiny_plan(tmp_path, entry).spec.recipe
     loaded = load_model(entry, precision="fp32", compute_dtype="fp32", device=CPU)
     adapter = attach(loaded, "a", config, seed=1)

@@ -14,6 +14,7 @@ from edgepeft.engine.model.load import load_model
 from edgepeft.library.parent import find_parent
 from edgepeft.library.store import check_base, resolve_adapter
 from edgepeft.methods import LoraConfig, count_parameters
+from edgepeft.methods.bias import BiasConfig
 from edgepeft.methods.bottleneck import BottleneckConfig
 from edgepeft.methods.compacter import CompacterConfig
 from edgepeft.methods.ia3 import Ia3Config
@@ -33,12 +34,13 @@ CONFIGS: dict[str, Any] = {
     "compacter": CompacterConfig(reduction=4),
     "ia3": Ia3Config(),
     "norm": NormConfig(),
+    "bias": BiasConfig(),
 }
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> ModelEntry:
-    return tiny_base(tmp_path)
+    return tiny_base(tmp_path, biased=True)
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import IA3Config, LNTuningConfig, PeftModel, get_peft_model
+from peft import BeftConfig, IA3Config, LNTuningConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -17,14 +17,23 @@ from transformers import AutoModelForCausalLM
 from edgepeft.engine.methods import attach, set_active
 from edgepeft.engine.methods.files import read_adapter, save_adapter
 from edgepeft.engine.model.load import LoadedModel, load_model
-from edgepeft.errors import BadInput
+from edgepeft.errors import BadInput, UsageError
+from edgepeft.methods import count_parameters
+from edgepeft.methods.bias import BiasConfig
 from edgepeft.methods.bottleneck import BottleneckConfig
 from edgepeft.methods.ia3 import Ia3Config
 from edgepeft.methods.norm import NormConfig
 from edgepeft.models.store import ensure_model
+from tiny import write_tiny_model
 
 CPU = torch.device("cpu")
 IDS = torch.randint(0, 250, (2, 19), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.fixture
+def tiny_model(tmp_path: Path) -> Path:
+    """With biases, which one of the methods needs."""
+    return write_tiny_model(tmp_path / "tiny-model", biased=True)
 
 
 def load(folder: Path) -> LoadedModel:
@@ -52,8 +61,10 @@ def move(parameters: Any) -> None:
         IA3Config(target_modules=["q_proj", "up_proj"], feedforward_modules=[]),
         LNTuningConfig(target_modules=["input_layernorm", "post_attention_layernorm", "norm"]),
         LNTuningConfig(target_modules=["post_attention_layernorm"]),
+        BeftConfig(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
+        BeftConfig(target_modules=["v_proj", "up_proj"]),
     ],
-    ids=["ia3", "ia3 of results", "norm", "one norm"],
+    ids=["ia3", "ia3 of results", "norm", "one norm", "bias", "offsets without a bias"],
 )
 def test_pefts_adapter_loads_here_and_ours_loads_there(tiny_model: Path, tmp_path: Path, settings: Any) -> None:
     settings.task_type = "CAUSAL_LM"
@@ -74,7 +85,7 @@ def test_pefts_adapter_loads_here_and_ours_loads_there(tiny_model: Path, tmp_pat
         torch.testing.assert_close(back(IDS).logits, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("config", [Ia3Config(), NormConfig()], ids=["ia3", "norm"])
+@pytest.mark.parametrize("config", [Ia3Config(), NormConfig(), BiasConfig()], ids=["ia3", "norm", "bias"])
 def test_gradients_are_pefts(tiny_model: Path, tmp_path: Path, config: Any) -> None:
     loaded = load(tiny_model)
     adapter = attach(loaded, "a", config, seed=0)
@@ -89,7 +100,7 @@ def test_gradients_are_pefts(tiny_model: Path, tmp_path: Path, config: Any) -> N
     own = adapter.named_parameters()
     assert len(theirs) == len(own)
     for name, parameter in own.items():
-        module = name.removesuffix(".ln_tuning_layers.weight").removesuffix(".ia3_l")
+        module = name.removesuffix(".ln_tuning_layers.weight").removesuffix(".ia3_l").removesuffix(".beft_bias")
         found = next(value for key, value in theirs.items() if f".{module}." in key)
         assert parameter.grad is not None
         torch.testing.assert_close(parameter.grad, found, rtol=1e-4, atol=1e-6)
@@ -143,3 +154,23 @@ def test_a_damaged_adapter_is_refused_and_nothing_is_attached(
     with pytest.raises(BadInput, match=message):
         read_adapter(tmp_path, loaded, "b")
     assert not any("b" in site.adapters for site in loaded.sites().values())
+
+
+@pytest.mark.parametrize(
+    ("biased", "config", "message"),
+    [
+        (False, BiasConfig(), "method: this model's linear layers have no biases"),
+        (False, BiasConfig(("q_proj",)), "method: this model's linear layers have no biases"),
+        (True, BiasConfig(("q_proj", "up_proj")), "targets: up_proj has no bias. Biases have: k_proj, o_proj, q_proj"),
+        (True, BiasConfig(("wo",)), "targets: target 'wo' matches no linear layer"),
+    ],
+)
+def test_biases_that_are_not_there_are_refused_by_both_halves(
+    tmp_path: Path, biased: bool, config: BiasConfig, message: str
+) -> None:
+    loaded = load(write_tiny_model(tmp_path / "model", biased=biased))
+    for refused in (lambda: attach(loaded, "a", config, seed=0), lambda: count_parameters(config, loaded.shape)):
+        with pytest.raises(UsageError) as caught:
+            refused()
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
