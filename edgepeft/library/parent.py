@@ -15,7 +15,7 @@ from edgepeft.library.card import Card
 from edgepeft.library.peft_config import method_id_of
 from edgepeft.library.store import CONFIG_FILE, AdapterFolder, check_base, resolve_adapter
 from edgepeft.library.tensors import lora_dimensions
-from edgepeft.methods import LoraConfig, MethodConfig, id_of
+from edgepeft.methods import LoraConfig, MethodConfig, id_of, method_of
 from edgepeft.methods.targets import matching
 from edgepeft.models.headers import TensorHeader, read_header
 from edgepeft.models.shape import ModelShape
@@ -176,7 +176,9 @@ def _method(adapter: AdapterFolder, shape: ModelShape) -> MethodConfig:
             where=where,
             hint="Use it as it is in chat, or train a new adapter without --from",
         )
-    return adapter.card.recipe.method
+    config = adapter.card.recipe.method
+    continued: MethodConfig = method_of(config).continued(config)
+    return continued
 
 
 def _lora(adapter: AdapterFolder, shape: ModelShape) -> LoraConfig:

@@ -13,10 +13,11 @@ from edgepeft.memory.chunks import CPU_CHUNK, LOSS_SCRATCH_BYTES, NF4_BLOCK
 from edgepeft.memory.experts import ExpertsPlan
 from edgepeft.memory.micro_batch import LossPlan, MicroBatchPlan
 from edgepeft.memory.operations import FLOAT32, LinearPlan
+from edgepeft.memory.prefix import PrefixPlan
 from edgepeft.memory.programs import PROGRAMS, LayerPlan, llama
 from edgepeft.memory.target import Target
 from edgepeft.memory.weights import ELEMENT_BYTES
-from edgepeft.methods import BranchTerms, LinearTerms, MethodConfig, Trained, method_of
+from edgepeft.methods import BranchTerms, LinearTerms, MethodConfig, PrefixTerms, Trained, method_of
 from edgepeft.models.shape import LinearShape, ModelShape
 from edgepeft.spec import ComputeDtype, Precision
 
@@ -96,6 +97,7 @@ def plan_micro_batch(shape: ModelShape, given: Pass, method: MethodConfig | None
         shared_of,
         branches,
         trains_gains=module.trains_gains(method),
+        prefix=module.prefix_terms(method, shape),
         trained=module.trained(method, shape),
     )
 
@@ -108,6 +110,7 @@ def plan_with(
     branches: Mapping[str, BranchTerms | None] = MappingProxyType({}),
     *,
     trains_gains: bool = False,
+    prefix: PrefixTerms | None = None,
     trained: Trained = Trained(),  # noqa: B008
 ) -> MicroBatchPlan:
     """The same with any updates.
@@ -119,10 +122,12 @@ def plan_with(
         shared_of: the update that does the work of several linears with the same input, if there is one.
         branches: what is put behind `attention` and `mlp`.
         trains_gains: whether those of norms are trained.
+        prefix: what stands before every sample.
         trained: all tensors that are.
     """
     tokens, c, kind = given.tokens, given.compute_bytes, shape.model_type
-    windows, kind_of_layer = _windows(shape, given.lengths[0])
+    ahead = prefix.tokens if prefix is not None else 0
+    windows, kind_of_layer = _windows(shape, given.lengths[0] + ahead)
     forms_gain = kind in _GAIN_IN_FLOAT32
     known = {linear.name.rsplit(".", 1)[-1]: linear for linear in _known_linears(shape)}
     behind = branches.get("mlp")
@@ -145,7 +150,7 @@ def plan_with(
     def layer(window: int | None) -> LayerPlan:
         return LayerPlan(
             linears=linears,
-            attention=_attention_plan(shape, given, window),
+            attention=_attention_plan(shape, given, window, ahead),
             hidden_bytes=c * shape.hidden * tokens,
             query_bytes=c * shape.heads * shape.head_dim * tokens,
             key_bytes=c * shape.kv_heads * shape.head_dim * tokens,
@@ -165,6 +170,7 @@ def plan_with(
             after_attention=branches.get("attention"),
             after_mlp=branches.get("mlp"),
             trains_gains=trains_gains,
+            prefix=prefix and PrefixPlan(prefix, len(given.lengths), c * shape.kv_heads * shape.head_dim),
         )
 
     return MicroBatchPlan(
@@ -244,10 +250,12 @@ def _windows(shape: ModelShape, longest: int) -> tuple[tuple[int | None, ...], t
     return (window, None), tuple(int(number in full) for number in range(shape.layers))
 
 
-def _attention_plan(shape: ModelShape, given: Pass, window: int | None) -> AttentionPlan:
+def _attention_plan(shape: ModelShape, given: Pass, window: int | None, ahead: int) -> AttentionPlan:
     softcap, target, c = shape.attention_softcap is not None, given.target, given.compute_bytes
     return AttentionPlan(
-        kernel=target.attention(shape.head_dim, given.compute_dtype, softcap=softcap, windowed=window is not None),
+        kernel=target.attention(
+            shape.head_dim, given.compute_dtype, softcap=softcap, windowed=window is not None, prefixed=ahead > 0
+        ),
         heads=shape.heads,
         kv_heads=shape.kv_heads,
         query_bytes=c * shape.heads * shape.head_dim,
@@ -258,6 +266,7 @@ def _attention_plan(shape: ModelShape, given: Pass, window: int | None) -> Atten
         softcap=softcap,
         converts=target.kind == "cpu",
         heads_first=shape.model_type == "phi3",
+        ahead=ahead,
     )
 
 

@@ -35,11 +35,18 @@ class AttentionPlan(msgspec.Struct, frozen=True):
     """Whether kernels copy what has another dtype before they work on it, as the CPU's do."""
     heads_first: bool = False
     """Whether queries come with the heads in front, as a concatenation leaves them."""
+    ahead: int = 0
+    """Keys before those of each sample."""
 
     @property
     def tokens(self) -> int:
         """Of the row."""
         return sum(self.lengths)
+
+    @property
+    def key_tokens(self) -> int:
+        """Keys of the row."""
+        return self.tokens + len(self.lengths) * self.ahead
 
     @property
     def head_dim(self) -> int:
@@ -72,7 +79,7 @@ def _wanted(*tensors: Tensor) -> tuple[Node | None, ...] | None:
 
 def _gradients(tape: Tape, plan: AttentionPlan) -> list[Tensor | None]:
     """Of queries, keys and values."""
-    query, key = plan.tokens * plan.query_bytes, plan.tokens * plan.key_bytes
+    query, key = plan.tokens * plan.query_bytes, plan.key_tokens * plan.key_bytes
     return [Tensor(tape, query), Tensor(tape, key), Tensor(tape, key)]
 
 
@@ -108,9 +115,10 @@ def _blocks(plan: AttentionPlan) -> list[_Block]:
     found = []
     for begin in range(0, length, ATTENTION_ROWS)[-2:]:
         end = min(begin + ATTENTION_ROWS, length)
-        first = 0 if plan.window is None else max(0, begin - plan.window + 1)
-        keys = min(in_attention_steps(end - first), plan.tokens)
-        found.append(_Block(in_attention_steps(end - begin), keys, keys - (begin - first)))
+        own = begin + plan.ahead
+        first = 0 if plan.window is None else max(0, own - plan.window + 1)
+        keys = min(in_attention_steps(end + plan.ahead - first), plan.key_tokens)
+        found.append(_Block(in_attention_steps(end - begin), keys, keys - (own - first)))
     return found
 
 
@@ -145,7 +153,8 @@ def _block_backward(plan: AttentionPlan, block: _Block) -> int:
     slope = scores if plan.softcap else 0
     several = plan.lengths[0] > ATTENTION_ROWS
     # Sums over blocks are float32.
-    sums = 2 * FLOAT32 * plan.lengths[0] * plan.key_bytes // plan.compute_bytes if several else 0
+    longest = plan.lengths[0] + plan.ahead
+    sums = 2 * FLOAT32 * longest * plan.key_bytes // plan.compute_bytes if several else 0
     converted = (
         FLOAT32 * keyed // plan.compute_bytes if plan.converts and several and plan.compute_bytes != FLOAT32 else 0
     )
@@ -165,6 +174,7 @@ def _varlen(tape: Tape, q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) ->
     if wanted is not None:
         scratch = flash_backward(
             tokens=plan.tokens,
+            keys=plan.key_tokens,
             samples=len(plan.lengths),
             heads=plan.heads,
             kv_heads=plan.kv_heads,

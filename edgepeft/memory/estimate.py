@@ -73,8 +73,7 @@ def estimate_training(spec: RunSpec, shape: ModelShape, workload: Workload, targ
         alone=workload.alone,
         offloaded=layout.checkpointing == "offload" and target.kind == "cuda",
     )
-    # Where gradients come into being in this backward, those that are of no layer do so at its beginning.
-    before: Ledger = {"gradients": FLOAT32 * sum(tensors.others) if workload.alone else trained}
+    before: Ledger = {"gradients": 0 if workload.alone else trained}
     phases: list[tuple[PhaseName, Ledger, str]] = [
         ("load", *_load(shape, recipe.precision, recipe.compute_dtype, base, target)),
         ("train step", _sum(resident, _given(batch), before, _ledger(step)), step.name),

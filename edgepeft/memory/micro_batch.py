@@ -81,7 +81,9 @@ def train(plan: MicroBatchPlan, *, checkpointed: bool, alone: bool, offloaded: b
     """
     tape = Tape("forward")
     tape.nodes = []
-    layers = _Layers(plan.kind_of_layer, FLOAT32 * sum(plan.trained.of_layer) if alone else 0)
+    prefix = plan.kinds[0].prefix
+    adds_up = prefix is not None and prefix.terms.shared > 0
+    layers = _Layers(plan.kind_of_layer, FLOAT32 * sum(plan.trained.of_layer) if alone else 0, adds_up=adds_up)
     hidden = _forward(plan, tape, layers, checkpointed=checkpointed, offloaded=offloaded)
     tape.enter("loss")
     tape.category = LOSS
@@ -96,6 +98,11 @@ def train(plan: MicroBatchPlan, *, checkpointed: bool, alone: bool, offloaded: b
     tape.touch(plan.loss.trained * plan.loss.row_bytes)
     del gradient, end
     held: list[Tensor] = []
+    if alone and not adds_up:
+        # Of no layer: when exactly they come into being matters little.
+        tape.category = GRADIENTS
+        held.append(Tensor(tape, FLOAT32 * sum(plan.trained.others)))
+        tape.category = RECOMPUTED
 
     def accumulate(gradient: Tensor) -> None:
         if alone:
@@ -125,13 +132,14 @@ class _Layers:
     """Which layers are run, and what the others add.
 
     The first layer is run, and of each kind the last one: nothing lies higher in a layer between those of its kind,
-    since from layer to layer what is kept falls evenly and gradients grow evenly.
+    since from layer to layer what is kept falls evenly and gradients grow evenly. Where gradients are added up from the
+    last layer on, the one before it is run as well.
     """
 
-    def __init__(self, kind_of_layer: Sequence[int], gradient_bytes: int) -> None:
+    def __init__(self, kind_of_layer: Sequence[int], gradient_bytes: int, *, adds_up: bool = False) -> None:
         self.kind_of_layer = kind_of_layer
         last = {kind: number for number, kind in enumerate(kind_of_layer)}
-        self.run = sorted({0, *last.values()})
+        self.run = sorted({0, *last.values(), *({max(0, len(kind_of_layer) - 2)} if adds_up else ())})
         """Numbers of the layers that are run, from 0."""
         self.kept: dict[int, list[int]] = {}
         """What a layer of each kind keeps for backward, by category; the first layer is not asked."""

@@ -48,6 +48,10 @@ class Operations:
         self.tokens = tokens
         self.compute_bytes = compute_bytes
         self.angles = Tensor(tape, angle_bytes)
+        self.places: Tensor | None = None
+        """Where keys lie, once something stands before each sample (memory.prefix)."""
+        self.shared_gradients: Tensor | None = None
+        """Of what makes keys and values in every layer."""
         self.converts = converts
 
     # Any operation -----------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import msgspec
 from edgepeft.memory.attention import AttentionPlan, attend
 from edgepeft.memory.experts import ExpertsPlan, experts
 from edgepeft.memory.operations import LinearPlan, Operations
+from edgepeft.memory.prefix import PrefixPlan, put_before
 from edgepeft.memory.rotary import partly_rotated, rotated
 from edgepeft.memory.tape import Tensor
 from edgepeft.methods import BranchTerms, LinearTerms
@@ -62,6 +63,8 @@ class LayerPlan(msgspec.Struct, frozen=True):
     """The same for the MLP."""
     trains_gains: bool = False
     """Whether the method trains the gains of norms."""
+    prefix: PrefixPlan | None = None
+    """What the method puts before the keys and values of every sample; None where it is nothing."""
 
     def hidden_norm(self, ops: Operations, x: Tensor) -> Tensor:
         """A norm over the residual stream."""
@@ -141,8 +144,15 @@ def _attended(ops: Operations, plan: LayerPlan, x: Tensor, *, width_norms: bool)
     q, k = rotated(ops, q, k, (query, key), in_float32=plan.rotates_in_float32)
     if plan.scales_queries:
         q = ops.through(q, query, query, keeps=True)
-    out = attend(ops.tape, q, k, v, plan.attention)
+    out = _attend(ops, plan, q, k, v)
     return ops.linear(out, linears["o_proj"])
+
+
+def _attend(ops: Operations, plan: LayerPlan, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    if plan.prefix is None:
+        return attend(ops.tape, q, k, v, plan.attention)
+    keys, values = put_before(ops, k, v, plan.prefix)
+    return attend(ops.tape, q, keys, values, plan.attention)
 
 
 def _fused_attention(ops: Operations, plan: LayerPlan, x: Tensor) -> Tensor:
@@ -155,7 +165,7 @@ def _fused_attention(ops: Operations, plan: LayerPlan, x: Tensor) -> Tensor:
         for part, size in ((q, plan.query_bytes), (k, plan.key_bytes))
     )
     q, k = finish_q(), finish_k()
-    out = attend(ops.tape, q, k, v, plan.attention)
+    out = _attend(ops, plan, q, k, v)
     return ops.linear(out, plan.linears["o_proj"])
 
 

@@ -28,7 +28,13 @@ class Target(msgspec.Struct, frozen=True):
     """Whether the CUDA allocator grows its segments; Windows has no such mode."""
 
     def attention(
-        self, head_dim: int, compute_dtype: ComputeDtype, *, softcap: bool = False, windowed: bool = False
+        self,
+        head_dim: int,
+        compute_dtype: ComputeDtype,
+        *,
+        softcap: bool = False,
+        windowed: bool = False,
+        prefixed: bool = False,
     ) -> Attention:
         """The kernel that packed attention takes here.
 
@@ -37,6 +43,7 @@ class Target(msgspec.Struct, frozen=True):
             compute_dtype: of the products.
             softcap: whether scores are capped softly (Gemma 2).
             windowed: whether a sliding window is shorter than the longest sample.
+            prefixed: whether keys stand before every sample.
         """
         if self.kind == "cpu" or softcap:
             return "blocks"
@@ -44,7 +51,8 @@ class Target(msgspec.Struct, frozen=True):
         # The backward for 193 to 224 entries is missing on consumer cards.
         if newest and compute_dtype != "fp32" and head_dim % 8 == 0 and (head_dim <= 192 or 224 < head_dim <= 256):
             return "varlen"
-        return "blocks" if windowed else "by sample"
+        # The memory-efficient kernel wants as many keys as queries.
+        return "blocks" if windowed or prefixed else "by sample"
 
 
 CPU = Target("cpu")

@@ -127,7 +127,14 @@ def total_bytes(rows: tuple[Unseen, ...]) -> int:
 
 
 def flash_backward(
-    *, tokens: int, samples: int, heads: int, kv_heads: int, head_dim: int, compute_bytes: int
+    *,
+    tokens: int,
+    samples: int,
+    heads: int,
+    kv_heads: int,
+    head_dim: int,
+    compute_bytes: int,
+    keys: int | None = None,
 ) -> tuple[Unseen, ...]:
     """Scratch of the flash kernel for packed rows, beside the gradients that it returns; one layer at a time.
 
@@ -138,6 +145,7 @@ def flash_backward(
         kv_heads: of keys and values.
         head_dim: entries of a head.
         compute_bytes: bytes of an entry in the compute dtype.
+        keys: of the micro-batch; None where there are as many as tokens.
     """
     rows = tokens + FLASH_ROWS * samples
     step = 32 if head_dim <= 128 else 64
@@ -152,7 +160,7 @@ def flash_backward(
         row("flash attention: row sums", 4 * rows * heads),
     ]
     if heads != kv_heads:
-        size_bytes = 2 * compute_bytes * tokens * heads * head_dim
+        size_bytes = 2 * compute_bytes * (tokens if keys is None else keys) * heads * head_dim
         scratch.append(row("flash attention: gradients of keys and values before heads are summed", size_bytes))
     return tuple(scratch)
 

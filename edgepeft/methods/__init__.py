@@ -18,10 +18,11 @@ from edgepeft.methods.compacter import Compacter, CompacterConfig
 from edgepeft.methods.ia3 import Ia3, Ia3Config
 from edgepeft.methods.lora import Lora, LoraConfig
 from edgepeft.methods.norm import Norm, NormConfig
-from edgepeft.methods.terms import Branch, BranchTerms, LinearTerms, Method, Trained
+from edgepeft.methods.prefix import Prefix, PrefixConfig
+from edgepeft.methods.terms import Branch, BranchTerms, LinearTerms, Method, PrefixTerms, Trained
 from edgepeft.models.shape import ModelShape
 
-MethodConfig = LoraConfig | BottleneckConfig | CompacterConfig | Ia3Config | NormConfig | BiasConfig
+MethodConfig = LoraConfig | BottleneckConfig | CompacterConfig | Ia3Config | NormConfig | BiasConfig | PrefixConfig
 
 METHODS: dict[str, Method] = {
     "lora": Lora(LoraConfig),
@@ -30,6 +31,7 @@ METHODS: dict[str, Method] = {
     "ia3": Ia3(Ia3Config),
     "norm": Norm(NormConfig),
     "bias": Bias(BiasConfig),
+    "prefix": Prefix(PrefixConfig),
 }
 """Every method by its id."""
 
@@ -102,6 +104,7 @@ __all__ = [
     "LoraConfig",
     "Method",
     "MethodConfig",
+    "PrefixTerms",
     "Trained",
     "count_parameters",
     "id_of",

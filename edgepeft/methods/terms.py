@@ -78,6 +78,21 @@ class BranchTerms(msgspec.Struct, frozen=True):
     """Held beside its fresh gradients while it forms that."""
 
 
+class PrefixTerms(msgspec.Struct, frozen=True):
+    """Keys and values that a method puts before every sample in each layer."""
+
+    tokens: int
+    """Of them."""
+    entries: int
+    """Of all keys of one layer; values alike."""
+    parameters: int
+    """Trained entries of one layer."""
+    shared: int = 0
+    """Trained entries of all layers together that each layer uses."""
+    width: int = 0
+    """Of the network that makes them; 0 where they are trained as they are."""
+
+
 class Method:
     """A PEFT method without its tensors; each module of this folder has one subclass of it."""
 
@@ -149,3 +164,15 @@ class Method:
     def trains_gains(self, config: Any) -> bool:
         """Whether it trains the gains of norms."""
         return False
+
+    def leading_tokens(self, config: Any) -> int:
+        """Places of the context that it takes before every sample."""
+        return 0
+
+    def prefix_terms(self, config: Any, shape: ModelShape) -> PrefixTerms | None:
+        """What it puts before the keys and values of every sample; None where it is nothing."""
+        return None
+
+    def continued(self, config: Any) -> Any:
+        """The config of an adapter that goes on from the file of one with this config."""
+        return config

@@ -13,6 +13,7 @@ from edgepeft.library.parent import check_continues
 from edgepeft.memory.assembly import is_exact
 from edgepeft.memory.calibration import Correction, corrected
 from edgepeft.memory.dry_run import DryRunRequest
+from edgepeft.methods import method_of
 from edgepeft.plan.device import find_device
 from edgepeft.plan.lengths import SampleLengths
 from edgepeft.plan.prediction import correction_for, predict
@@ -57,9 +58,11 @@ def revise(plan: TrainPlan, *, where: str, progress: Progress | None = None) -> 
         )
     if recipe.parent is not None:
         check_continues(recipe.parent, recipe.method, entry)
-    if recipe.max_seq_len > entry.shape.context_length:
+    leading = method_of(recipe.method).leading_tokens(recipe.method)
+    if recipe.max_seq_len + leading > entry.shape.context_length:
+        before = f" behind {leading:,} others" if leading else ""
         raise BadInput(
-            f"{entry.name} was made for {entry.shape.context_length:,} tokens, not {recipe.max_seq_len:,}",
+            f"{entry.name} was made for {entry.shape.context_length:,} tokens, not {recipe.max_seq_len:,}{before}",
             where=f"{where}, spec.recipe.max_seq_len",
             hint="Lower it",
         )

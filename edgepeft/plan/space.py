@@ -88,8 +88,9 @@ class Space:
 
     @property
     def context(self) -> int:
-        """The longest sample that the model was made for."""
-        return self.shape.context_length
+        """The longest sample that the model was made for, behind what the method puts before it."""
+        config = self.method(self.ranks[-1])
+        return self.shape.context_length - METHODS[self.method_id].leading_tokens(config)
 
     def target_length(self) -> int:
         """The length that is wanted when memory is no concern."""

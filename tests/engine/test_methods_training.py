@@ -13,12 +13,13 @@ from edgepeft.engine.methods.files import read_adapter
 from edgepeft.engine.model.load import load_model
 from edgepeft.library.parent import find_parent
 from edgepeft.library.store import check_base, resolve_adapter
-from edgepeft.methods import LoraConfig, count_parameters
+from edgepeft.methods import LoraConfig, count_parameters, method_of
 from edgepeft.methods.bias import BiasConfig
 from edgepeft.methods.bottleneck import BottleneckConfig
 from edgepeft.methods.compacter import CompacterConfig
 from edgepeft.methods.ia3 import Ia3Config
 from edgepeft.methods.norm import NormConfig
+from edgepeft.methods.prefix import PrefixConfig
 from edgepeft.models.store import ModelEntry
 from edgepeft.runs.control import request
 from edgepeft.runs.events import Finished, Started, StepDone
@@ -35,6 +36,8 @@ CONFIGS: dict[str, Any] = {
     "ia3": Ia3Config(),
     "norm": NormConfig(),
     "bias": BiasConfig(),
+    "prefix": PrefixConfig(8),
+    "reparameterised prefix": PrefixConfig(8, reparameterised=True, width=32),
 }
 
 
@@ -64,10 +67,8 @@ def test_a_run_learns_resumes_to_the_bit_and_publishes(tmp_path: Path, base: Mod
     assert first.card.recipe.method == config
     assert first.card.trainable_parameters == count_parameters(config, base.shape)
     assert check_base(first, base) == []
-    assert find_parent("whole@v1", base).method == config
+    assert find_parent("whole@v1", base).method == method_of(config).continued(config)
     loaded = load_model(base, precision="fp32", compute_dtype="fp32", device=torch.device("cpu"))
     adapter = read_adapter(first.path, loaded, "a")
     set_active(loaded, [("a", 1.0)])
-    assert [parameter.name.removeprefix("base_model.model.") for parameter in first.card.parameters] == list(
-        adapter.named_parameters()
-    )
+    assert [parameter.name for parameter in first.card.parameters] == list(adapter.file_tensors())

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import BeftConfig, IA3Config, LNTuningConfig, PeftModel, get_peft_model
+from peft import BeftConfig, IA3Config, LNTuningConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -23,6 +23,7 @@ from edgepeft.methods.bias import BiasConfig
 from edgepeft.methods.bottleneck import BottleneckConfig
 from edgepeft.methods.ia3 import Ia3Config
 from edgepeft.methods.norm import NormConfig
+from edgepeft.methods.prefix import PrefixConfig
 from edgepeft.models.store import ensure_model
 from tiny import write_tiny_model
 
@@ -63,8 +64,13 @@ def move(parameters: Any) -> None:
         LNTuningConfig(target_modules=["post_attention_layernorm"]),
         BeftConfig(target_modules=["q_proj", "k_proj", "v_proj", "o_proj"]),
         BeftConfig(target_modules=["v_proj", "up_proj"]),
+        PrefixTuningConfig(num_virtual_tokens=7),
+        PrefixTuningConfig(num_virtual_tokens=7, prefix_projection=True, encoder_hidden_size=24),
     ],
-    ids=["ia3", "ia3 of results", "norm", "one norm", "bias", "offsets without a bias"],
+    ids=[
+        *("ia3", "ia3 of results", "norm", "one norm", "bias", "offsets without a bias"),
+        *("prefix", "projected prefix"),
+    ],
 )
 def test_pefts_adapter_loads_here_and_ours_loads_there(tiny_model: Path, tmp_path: Path, settings: Any) -> None:
     settings.task_type = "CAUSAL_LM"
@@ -135,6 +141,18 @@ def change_tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[P
             change_config(edgepeft={"type": "bottleneck", "reduction": 4.0}),
             "this model needs 16×64",
         ),
+        (
+            PrefixConfig(4),
+            change_tensors(lambda tensors: tensors["prompt_embeddings"].fill_(float("inf"))),
+            "not finite",
+        ),
+        (PrefixConfig(4), change_tensors(lambda tensors: tensors.pop("prompt_embeddings")), "holds no tensors"),
+        (PrefixConfig(4), change_tensors(lambda tensors: tensors.update(other=torch.ones(3))), "other fits no layer"),
+        (PrefixConfig(4), change_config(num_virtual_tokens=5), "is 4×128, this model needs 5×128"),
+        (PrefixConfig(4), change_config(num_virtual_tokens=0), "a prefix of 0 tokens is not possible"),
+        (PrefixConfig(4), change_config(num_virtual_tokens="4"), "must be a whole number"),
+        (PrefixConfig(4), change_config(num_virtual_tokens=512), "leave no place in a context of 512"),
+        (PrefixConfig(4), change_config(num_transformer_submodules=2), "for an encoder and a decoder"),
         (BottleneckConfig(), change_config(edgepeft={"type": "bottleneck", "width": 4}), "unknown field `width`"),
         (BottleneckConfig(), change_config(edgepeft=None), "Expected `object`"),
         (BottleneckConfig(), change_config(peft_type="EDGEPEFT_OTHER"), "type EDGEPEFT_OTHER, which cannot be loaded"),

@@ -279,7 +279,7 @@ def _forward(
 
 
 def _check_prompt(session: Session, prompt_ids: Sequence[int], limit: int) -> None:
-    context = session.loaded.shape.context_length
+    context = session.context_length
     if not prompt_ids:
         raise BadInput("the prompt is empty", where="prompt", hint="Write something")
     if len(prompt_ids) >= context:

@@ -33,7 +33,7 @@ def score_losses(
         Interrupted: it was cancelled.
         OutOfMemory: not even one sample fits.
     """
-    limit = session.loaded.shape.context_length
+    limit = session.context_length
     longest = max((len(ids) for ids, _ in samples), default=0)
     if longest > limit:
         raise BadInput(f"a sample has {longest:,} tokens, and the model takes {limit:,}", hint="Shorten it")

@@ -71,12 +71,17 @@ class Session:
         shape = self.loaded.shape
         return 2 * shape.layers * shape.kv_heads * shape.head_dim * DTYPES[self.loaded.compute_dtype].itemsize
 
+    @property
+    def context_length(self) -> int:
+        """Places that the model's context has behind what active adapters put first."""
+        return self.loaded.shape.context_length - self.loaded.leading_tokens
+
     def token_limit(self, rows: int = 1) -> int:
         """Longest sequence in tokens, prompt and answer together, for each of `rows` conversations."""
-        limit = self.loaded.shape.context_length
+        limit, leading = self.context_length, self.loaded.leading_tokens
         if self._budget_bytes is None:
             return limit
-        return min(limit, (self._budget_bytes - self.live_bytes) // (self.cache_token_bytes * rows))
+        return min(limit, (self._budget_bytes - self.live_bytes) // (self.cache_token_bytes * rows) - leading)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits [B, V] of hidden states after the final norm, [B, H], contiguous.

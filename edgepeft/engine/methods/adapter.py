@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -31,6 +31,8 @@ class Parts(NamedTuple):
     """By the name of the site, in the model's order."""
     shared: Mapping[str, nn.Parameter] = {}
     """Trainable tensors that several updates use, by their whole names."""
+    written: Callable[[], Mapping[str, Tensor]] | None = None
+    """Makes what stands in the file by key, where that is not every trainable tensor by itself."""
 
 
 class AttachedAdapter:
@@ -41,6 +43,7 @@ class AttachedAdapter:
         self.config = config
         self.updates = dict(parts.updates)
         self.shared = dict(parts.shared)
+        self._written = parts.written
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Site and tensor name, such as `model.layers.0.self_attn.q_proj.lora_A.weight`; float32."""
@@ -54,6 +57,12 @@ class AttachedAdapter:
     def state_dict(self) -> dict[str, Tensor]:
         """The values of `named_parameters`, sharing their memory."""
         return {name: parameter.detach() for name, parameter in self.named_parameters().items()}
+
+    def file_tensors(self) -> dict[str, Tensor]:
+        """What stands in adapter_model.safetensors, by key."""
+        if self._written is not None:
+            return dict(self._written())
+        return {PEFT_PREFIX + name: value for name, value in self.state_dict().items()}
 
     def load_state_dict(self, values: Mapping[str, Tensor]) -> None:
         """Copies values of the same names and shapes into the parameters.
@@ -69,10 +78,7 @@ class AttachedAdapter:
 
     def changed(self) -> list[ChangedParameter]:
         """Every parameter that this adapter adds or changes, by its key in adapter_model.safetensors."""
-        return [
-            ChangedParameter(name=PEFT_PREFIX + name, shape=tuple(parameter.shape))
-            for name, parameter in self.named_parameters().items()
-        ]
+        return [ChangedParameter(name=key, shape=tuple(value.shape)) for key, value in self.file_tensors().items()]
 
 
 def check_tensors(values: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], *, where: str = "") -> None:

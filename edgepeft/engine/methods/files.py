@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from edgepeft.engine.methods import ENGINE_METHODS, engine_method_of, place
-from edgepeft.engine.methods.adapter import PEFT_PREFIX, AttachedAdapter, Parts
+from edgepeft.engine.methods.adapter import AttachedAdapter, Parts
 from edgepeft.engine.model.load import LoadedModel
 from edgepeft.errors import BadInput
 from edgepeft.library.peft_config import check_supported, method_id_of
@@ -37,7 +37,7 @@ def save_adapter(folder: Path, adapter: AttachedAdapter, base_name: str) -> None
     Raises:
         DiskProblem: no space, or no permission.
     """
-    tensors = {PEFT_PREFIX + name: value.float().cpu().contiguous() for name, value in adapter.state_dict().items()}
+    tensors = {key: value.float().cpu().contiguous() for key, value in adapter.file_tensors().items()}
     # The weights go first: a folder with a config is a folder that can be read.
     write_atomic(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
     write_atomic(folder / CONFIG_FILE, json.dumps(peft_config(adapter, base_name), indent=2, sort_keys=True) + "\n")

@@ -25,6 +25,7 @@ from edgepeft.engine.model.copy_writer import CopyWriter, start_copy
 from edgepeft.engine.model.frozen import DTYPES, DenseWeight, FrozenWeight, Workspace, freeze
 from edgepeft.engine.model.fused import fuse
 from edgepeft.engine.model.linear import AdaptedLinear
+from edgepeft.engine.model.prefix import PrefixedDecoder, PrefixSite
 from edgepeft.engine.model.sites import AdaptedNorm, Branch, Site, find_branches, find_norms
 from edgepeft.errors import BadInput
 from edgepeft.memory.breakdown import Category
@@ -70,6 +71,9 @@ class LoadedModel:
         self._linears = {name: module for name, module in model.named_modules() if isinstance(module, AdaptedLinear)}
         self._branches = find_branches(model, self.layers)
         self._norms = find_norms(model, self.decoder)
+        attentions = {name: branch.module for name, branch in self._branches.items() if branch.kind == "attention"}
+        self._prefixes = {name: PrefixSite(module, name) for name, module in attentions.items()}
+        self._entry = PrefixedDecoder(self.decoder, self._prefixes, DTYPES[compute_dtype])
 
     @property
     def head_weight(self) -> Tensor | None:
@@ -89,9 +93,19 @@ class LoadedModel:
         """Every norm of the decoder by module path, in the model's order."""
         return dict(self._norms)
 
+    def prefixes(self) -> dict[str, PrefixSite]:
+        """The place before the samples in the attention of every layer by module path, in the model's order."""
+        return dict(self._prefixes)
+
+    @property
+    def leading_tokens(self) -> int:
+        """Places of the context that active adapters take before every sample."""
+        return self._entry.tokens
+
     def sites(self) -> dict[str, Site]:
-        """Everything that adapters can be put on, by module path."""
-        return {**self._linears, **self._branches, **self._norms}
+        """Everything that adapters can be put on, by its name: the path of a module, or one beside it."""
+        prefixes = {site.name: site for site in self._prefixes.values()}
+        return {**self._linears, **self._branches, **self._norms, **prefixes}
 
     def forget_unfinished(self) -> None:
         """Drops what a forward that was left in the middle, such as by a lack of memory, has computed ahead."""

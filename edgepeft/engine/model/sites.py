@@ -65,6 +65,7 @@ class Branch:
     def __init__(self, module: nn.Module, name: str, kind: BranchKind, last: AdaptedLinear | None) -> None:
         self.name = name
         self.kind = kind
+        self.module = module
         self.adapters: dict[str, BranchUpdate] = {}
         self.active: list[tuple[str, float]] = []
         self._last = last

@@ -41,10 +41,11 @@ class ScratchOf:
 
 
 def _varlen_backward(query: Tensor, key: Tensor, *, offsets: Tensor) -> int:
-    """For queries [tokens, heads, head_dim] and keys [tokens, kv_heads, head_dim]."""
+    """For queries [tokens, heads, head_dim] and keys [keys, kv_heads, head_dim]."""
     tokens, heads, head_dim = query.shape
     rows = flash_backward(
         tokens=tokens,
+        keys=key.shape[0],
         samples=offsets.shape[0] - 1,
         heads=heads,
         kv_heads=key.shape[1],

@@ -4,6 +4,9 @@ Where a sample ends is said by `packed(lengths)`, which must be in force in forw
 the forward again there). No mask of [tokens, tokens] is built: each sample is attended to by itself, at a cost that
 grows with the sample's length and not with the row's.
 
+Keys and values that stand before every sample (engine.model.prefix) are put in front of each one's own; rows of queries
+are not. A sample's queries then belong to its last keys.
+
 The function is registered with transformers under `PACKED`; a model uses it after `use_packed_attention(model)`.
 """
 
@@ -12,8 +15,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -21,11 +25,10 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from edgepeft.engine.kernels import enough, fused_attention, one_of_each, target_of
 from edgepeft.engine.model.frozen import DTYPES
+from edgepeft.engine.model.prefix import PACKED, prefix_of
 from edgepeft.errors import BadInput
 from edgepeft.memory.chunks import ATTENTION_ROWS, in_attention_steps
 from edgepeft.spec import ComputeDtype
-
-PACKED = "edgepeft_packed"
 
 _NAMES: dict[torch.dtype, ComputeDtype] = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -37,22 +40,56 @@ class Segments:
         self.lengths = tuple(lengths)
         self.starts = (0, *accumulate(self.lengths))
         self.longest = max(self.lengths)
-        self._offsets: Tensor | None = None
+        self._offsets: dict[int, Tensor] = {}
+        self._places: tuple[Tensor, Tensor] | None = None
 
     @property
     def tokens(self) -> int:
         """Length of the row."""
         return self.starts[-1]
 
-    def samples(self) -> list[tuple[int, int]]:
-        """Where each sample starts in the row, and its length."""
-        return list(zip(self.starts, self.lengths, strict=False))
+    def samples(self, ahead: int = 0) -> list[_Sample]:
+        """The samples, with so many keys ahead of each one's own."""
+        lengths = enumerate(zip(self.starts, self.lengths, strict=False))
+        return [_Sample(start, length, start + number * ahead, ahead) for number, (start, length) in lengths]
 
-    def offsets(self, device: torch.device) -> Tensor:
-        """Cumulative lengths, int32 [samples + 1] on `device`; made once a batch."""
-        if self._offsets is None or self._offsets.device != device:
-            self._offsets = torch.tensor(self.starts, dtype=torch.int32, device=device)
-        return self._offsets
+    def offsets(self, device: torch.device, ahead: int = 0) -> Tensor:
+        """Cumulative lengths, so many keys ahead of each sample included, int32 [samples + 1]; made once a batch."""
+        found = self._offsets.get(ahead)
+        if found is None or found.device != device:
+            starts = [start + number * ahead for number, start in enumerate(self.starts)]
+            found = self._offsets[ahead] = torch.tensor(starts, dtype=torch.int32, device=device)
+        return found
+
+    def places(self, device: torch.device, ahead: int) -> tuple[Tensor, Tensor]:
+        """Where among all keys the samples' own lie, int64 [tokens], and those ahead, [samples · ahead].
+
+        They are made once a batch, whose layers all have as many ahead.
+        """
+        if self._places is None or self._places[0].device != device:
+            numbers = np.repeat(np.arange(len(self.lengths)), self.lengths)
+            own = np.arange(self.tokens) + (numbers + 1) * ahead
+            before = np.add.outer([sample.first_key for sample in self.samples(ahead)], np.arange(ahead)).ravel()
+            self._places = torch.tensor(own, device=device), torch.tensor(before, device=device)
+        return self._places
+
+
+class _Sample(NamedTuple):
+    """Where one sample lies."""
+
+    start: int
+    """Its first row of queries."""
+    length: int
+    """Rows of queries."""
+    first_key: int
+    """That it sees, among all keys."""
+    ahead: int
+    """Keys before its own."""
+
+    @property
+    def shift(self) -> int:
+        """From a row of queries to that token's own key."""
+        return self.first_key + self.ahead - self.start
 
 
 # A plain global: backward on CUDA runs in another thread, which sees neither thread-locals nor context variables.
@@ -106,7 +143,7 @@ def packed_attention(
     """Causal attention within each sample of a packed row, as transformers calls it.
 
     Args:
-        module: the attention layer; unused but part of transformers' signature.
+        module: the attention layer; it may have keys and values that stand before every sample.
         query: [1, heads, tokens, head_dim].
         key: [1, kv_heads, tokens, head_dim]; each of its heads serves heads / kv_heads query heads.
         value: [1, kv_heads, tokens, value_dim].
@@ -142,18 +179,29 @@ def packed_attention(
             raise RuntimeError(f"packed({None if segments is None else segments.lengths}) does not fit queries {shape}")
         segments = Segments([query.shape[2]])
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    window = sliding_window if sliding_window is not None and segments.longest > sliding_window else None
+    prefix = prefix_of(module)
+    ahead = 0 if prefix is None else prefix.tokens
+    if prefix is not None:
+        put_before: Any = _Prefixed.apply
+        keys, values = prefix.keys_and_values()
+        key, value = put_before(key, keys, segments), put_before(value, values, segments)
+        del keys, values
+    window = sliding_window if sliding_window is not None and segments.longest + ahead > sliding_window else None
     target = target_of(query.device)
     same_width = query.shape[-1] == value.shape[-1]
     kernel = target.attention(
-        query.shape[-1], _NAMES[query.dtype], softcap=softcap is not None, windowed=window is not None
+        query.shape[-1],
+        _NAMES[query.dtype],
+        softcap=softcap is not None,
+        windowed=window is not None,
+        prefixed=prefix is not None,
     )
     if kernel == "varlen" and same_width:
-        return _varlen(query, key, value, segments, scale, window), None
-    if kernel == "by sample" or (kernel == "varlen" and window is None):
+        return _varlen(query, key, value, segments, scale, window, ahead), None
+    if kernel == "by sample" or (kernel == "varlen" and window is None and prefix is None):
         return _by_sample(query, key, value, segments, scale), None
     apply: Any = _BlockAttention.apply
-    out: Tensor = apply(query, key, value, segments, scale, window, softcap)
+    out: Tensor = apply(query, key, value, segments, scale, window, softcap, ahead)
     return out, None
 
 
@@ -167,19 +215,56 @@ AttentionInterface.register(PACKED, packed_attention)
 AttentionMaskInterface.register(PACKED, _no_dense_mask)
 
 
-def _varlen(query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, window: int | None) -> Tensor:
-    """All samples in one launch of the flash kernel (torch.nn.attention.varlen)."""
+class _Prefixed(torch.autograd.Function):
+    """Keys (or values) [1, kv_heads, tokens, dim] of a row, with `before` [ahead, kv_heads, dim] ahead of each sample's.
+
+    The result is [1, kv_heads, tokens + samples · ahead, dim], in the layout [tokens, kv_heads, dim].
+    """
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, before: Tensor, segments: Segments) -> Tensor:
+        rows = own[0].transpose(0, 1)
+        ahead, count = before.shape[0], len(segments.lengths)
+        places, places_before = segments.places(own.device, ahead)
+        out = rows.new_empty(rows.shape[0] + count * ahead, *rows.shape[1:])
+        out.index_copy_(0, places, rows)
+        out.index_put_((places_before.view(count, ahead),), before.to(out.dtype))
+        ctx.places = places, places_before.view(count, ahead)
+        ctx.dtype = before.dtype
+        return out.transpose(0, 1).unsqueeze(0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rows = gradient[0].transpose(0, 1)
+        places, places_before = ctx.places
+        own = None
+        if ctx.needs_input_grad[0]:
+            own = rows.index_select(0, places).transpose(0, 1).unsqueeze(0)
+        if not ctx.needs_input_grad[1]:
+            return own, None, None
+        parts = rows.index_select(0, places_before.flatten()).view(*places_before.shape, *rows.shape[1:])
+        return own, parts.sum(0, dtype=ctx.dtype), None
+
+
+def _varlen(
+    query: Tensor, key: Tensor, value: Tensor, segments: Segments, scale: float, window: int | None, ahead: int
+) -> Tensor:
+    """All samples in one launch of the flash kernel (torch.nn.attention.varlen).
+
+    Where a sample has more keys than queries, the kernel takes the queries for the last tokens, as they are.
+    """
     from torch.nn.attention.varlen import varlen_attn
 
-    offsets = segments.offsets(query.device)
+    device = query.device
     out = varlen_attn(
         query[0].transpose(0, 1),
         key[0].transpose(0, 1),
         value[0].transpose(0, 1),
-        offsets,
-        offsets,
+        segments.offsets(device),
+        segments.offsets(device, ahead),
         segments.longest,
-        segments.longest,
+        segments.longest + ahead,
         scale=scale,
         window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
@@ -192,8 +277,8 @@ def _by_sample(query: Tensor, key: Tensor, value: Tensor, segments: Segments, sc
     """Sample by sample through the memory-efficient kernel, for cards before Ampere and other devices."""
     grouped = query.shape[1] != key.shape[1]
     parts = []
-    for start, length in segments.samples():
-        q, k, v = (x.narrow(2, start, length) for x in (query, key, value))
+    for sample in segments.samples():
+        q, k, v = (x.narrow(2, sample.start, sample.length) for x in (query, key, value))
         if grouped:
             # The memory-efficient kernel knows no grouped heads, and the math fallback would build the full scores.
             k, v = (x.repeat_interleave(query.shape[1] // key.shape[1], dim=1) for x in (k, v))
@@ -218,6 +303,7 @@ class _BlockAttention(torch.autograd.Function):
         scale: float,
         window: int | None,
         softcap: float | None,
+        ahead: int,
     ) -> Tensor:
         _, heads, tokens, _ = query.shape
         kv_heads = key.shape[1]
@@ -226,22 +312,22 @@ class _BlockAttention(torch.autograd.Function):
         q = _grouped(query[0], kv_heads)
         k, v = key[0], value[0]
         target = _grouped(out[0].transpose(0, 1), kv_heads)
-        for start, length in one_of_each(segments.samples(), _length):
-            for block in enough(_blocks(start, length, window, tokens)):
+        for sample in one_of_each(segments.samples(ahead), _length):
+            for block in enough(_blocks(sample, window, k.shape[1])):
                 weights = block.probabilities(block.rows(q, scale), block.keys(k), softcap)[0]
                 part = torch.bmm(weights.flatten(1, 2), block.keys(v))
                 block.write_rows(target, part)
                 # Before the next block makes its own.
                 del weights, part
         ctx.save_for_backward(query, key, value)
-        ctx.options = (segments, scale, window, softcap)
+        ctx.options = (segments, scale, window, softcap, ahead)
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value = ctx.saved_tensors
-        segments, scale, window, softcap = ctx.options
+        segments, scale, window, softcap, ahead = ctx.options
         kv_heads = key.shape[1]
         q = _grouped(query[0], kv_heads)
         g = _grouped(grad_out[0].transpose(0, 1), kv_heads)
@@ -252,10 +338,10 @@ class _BlockAttention(torch.autograd.Function):
         )
         dq = _grouped(grad_query[0], kv_heads)
         dk, dv = grad_key[0], grad_value[0]
-        tokens = query.shape[2]
-        for start, length in one_of_each(segments.samples(), _length):
-            blocks = _blocks(start, length, window, tokens)
+        for sample in one_of_each(segments.samples(ahead), _length):
+            blocks = _blocks(sample, window, k.shape[1])
             several = len(blocks) > 1
+            first, length = sample.first_key, sample.length + ahead
             # Sums over blocks are kept in float32: 16 bit would round once a block.
             dk_sum, dv_sum = (
                 torch.zeros(x.shape[0], length, x.shape[2], dtype=torch.float32, device=x.device) if several else None
@@ -276,22 +362,26 @@ class _BlockAttention(torch.autograd.Function):
                 block.write_rows(dq, torch.bmm(d_scores, keys).mul_(scale))
                 dk_part = block.own_keys(torch.bmm(d_scores.transpose(1, 2), scaled.flatten(1, 2)))
                 if dk_sum is None or dv_sum is None:
-                    dk.narrow(1, start, length).copy_(dk_part)
-                    dv.narrow(1, start, length).copy_(dv_part)
+                    if block.first_key > first:
+                        # A window that is shorter than what stands ahead.
+                        dk.narrow(1, first, block.first_key - first).zero_()
+                        dv.narrow(1, first, block.first_key - first).zero_()
+                    dk.narrow(1, block.first_key, block.end_key - block.first_key).copy_(dk_part)
+                    dv.narrow(1, block.first_key, block.end_key - block.first_key).copy_(dv_part)
                 else:
-                    dk_sum[:, block.first_key - start : block.end - start] += dk_part
-                    dv_sum[:, block.first_key - start : block.end - start] += dv_part
+                    dk_sum[:, block.first_key - first : block.end_key - first] += dk_part
+                    dv_sum[:, block.first_key - first : block.end_key - first] += dv_part
                 # Before the next block makes its own.
                 del scaled, slope, d_scores, part, dk_part, dv_part
             if dk_sum is not None and dv_sum is not None:
-                dk.narrow(1, start, length).copy_(dk_sum)
-                dv.narrow(1, start, length).copy_(dv_sum)
+                dk.narrow(1, first, length).copy_(dk_sum)
+                dv.narrow(1, first, length).copy_(dv_sum)
             del dk_sum, dv_sum
-        return grad_query, grad_key, grad_value, None, None, None, None
+        return grad_query, grad_key, grad_value, None, None, None, None, None
 
 
-def _length(sample: tuple[int, int]) -> int:
-    return sample[1]
+def _length(sample: _Sample) -> int:
+    return sample.length
 
 
 def _grouped(x: Tensor, kv_heads: int) -> Tensor:
@@ -300,20 +390,22 @@ def _grouped(x: Tensor, kv_heads: int) -> Tensor:
 
 
 class _Block:
-    """Query rows [begin, end) of one sample, and the keys from `first_key` that the earliest of them may see.
+    """Query rows [begin, end) of one sample, and the keys [first_key, end_key) that they may see.
 
     Both are computed in multiples of `ATTENTION_STEP`, which vector units want: rows of zeros are added, and keys of
     the samples beside this one are read along, hidden from every row. Neither adds anything but zeros to a result.
     """
 
-    def __init__(self, begin: int, end: int, first_key: int, window: int | None, tokens: int) -> None:
+    def __init__(self, begin: int, end: int, first_key: int, shift: int, window: int | None, keys: int) -> None:
         self.begin = begin
         self.end = end
         self.first_key = first_key
+        self.end_key = end + shift
         self.window = window
-        self._width = min(in_attention_steps(end - first_key), tokens)
+        self._shift = shift
+        self._width = min(in_attention_steps(self.end_key - first_key), keys)
         # To the right of the sample where the packed row goes on, else to its left.
-        self._begin_keys = min(first_key, tokens - self._width)
+        self._begin_keys = min(first_key, keys - self._width)
 
     def rows(self, x: Tensor, factor: float) -> Tensor:
         """The block's rows of x [kv_heads, group, tokens, dim] times `factor`, zeros below them; a copy."""
@@ -336,7 +428,7 @@ class _Block:
 
     def own_keys(self, x: Tensor) -> Tensor:
         """Those of the sample, of what has the shape of `keys`."""
-        return x.narrow(1, self.first_key - self._begin_keys, self.end - self.first_key)
+        return x.narrow(1, self.first_key - self._begin_keys, self.end_key - self.first_key)
 
     def probabilities(self, scaled: Tensor, keys: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
         """Softmax of the block's scores, [kv_heads, group, rows, keys], and the slope of the soft cap if there is one.
@@ -366,27 +458,29 @@ class _Block:
             if lead:
                 scores.narrow(-1, 0, lead).fill_(float("-inf"))
             # Keys from that of the first row on; those that were read along behind the last one are among them.
-            begin = self.begin - self._begin_keys
+            begin = self.begin + self._shift - self._begin_keys
             future = scores.new_full((rows, width - begin), float("-inf")).triu_(1)
             scores.narrow(-1, begin, width - begin).add_(future)
             return
-        row = torch.arange(self.begin, self.begin + rows, device=scores.device).unsqueeze(1)
+        begin = self.begin + self._shift
+        row = torch.arange(begin, begin + rows, device=scores.device).unsqueeze(1)
         column = torch.arange(self._begin_keys, self._begin_keys + width, device=scores.device)
-        earliest = (row - self.window).clamp_(max=self.end - 1 - self.window)
+        earliest = (row - self.window).clamp_(max=self.end_key - 1 - self.window)
         hidden = (column > row) | (column <= earliest) | (column < self.first_key)
         scores.masked_fill_(hidden, float("-inf"))
 
 
-def _blocks(start: int, length: int, window: int | None, tokens: int) -> list[_Block]:
-    """The blocks of a sample at [start, start + length) of a row of `tokens`."""
-    end = start + length
+def _blocks(sample: _Sample, window: int | None, keys: int) -> list[_Block]:
+    """The blocks of a sample, of so many keys in the whole row."""
+    first, shift, end = sample.first_key, sample.shift, sample.start + sample.length
     return [
         _Block(
             begin,
             min(begin + ATTENTION_ROWS, end),
-            start if window is None else max(start, begin - window + 1),
+            first if window is None else max(first, begin + shift - window + 1),
+            shift,
             window,
-            tokens,
+            keys,
         )
-        for begin in range(start, end, ATTENTION_ROWS)
+        for begin in range(sample.start, end, ATTENTION_ROWS)
     ]

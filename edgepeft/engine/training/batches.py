@@ -42,7 +42,7 @@ class MicroBatch(NamedTuple):
     input_ids: Tensor
     """int64 [1, tokens]."""
     position_ids: Tensor
-    """int64 [1, tokens], from 0 again in each sample and in the padding."""
+    """int64 [1, tokens], from the first one again in each sample and in the padding."""
     rows: Tensor
     """int64 [trained]: positions in the row whose next token is trained."""
     targets: Tensor
@@ -84,13 +84,16 @@ def plan_micro_batches(samples: Sequence[Sample], micro_batch_tokens: int) -> li
     return [[samples[index] for index in group] for group in groups]
 
 
-def build_micro_batch(samples: Sequence[Sample], device: torch.device, *, fill_up: bool = True) -> MicroBatch:
+def build_micro_batch(
+    samples: Sequence[Sample], device: torch.device, *, fill_up: bool = True, first_position: int = 0
+) -> MicroBatch:
     """One packed row on `device`.
 
     Args:
         samples: to pack, in this order.
         device: of the tensors.
         fill_up: whether padding is added; the own code of a model may look at a whole row.
+        first_position: of each sample's first token; adapters may take the places before it.
     """
     lengths = [len(sample.ids) for sample in samples]
     padding = in_token_steps(sum(lengths)) - sum(lengths) if fill_up else 0
@@ -105,7 +108,7 @@ def build_micro_batch(samples: Sequence[Sample], device: torch.device, *, fill_u
         input_ids=place(np.concatenate([*(sample.ids for sample in samples), np.zeros(padding, np.int32)])).unsqueeze(
             0
         ),
-        position_ids=place(np.concatenate([np.arange(length) for length in filled])).unsqueeze(0),
+        position_ids=place(np.concatenate([first_position + np.arange(length) for length in filled])).unsqueeze(0),
         rows=place(rows),
         targets=place(np.concatenate([sample.targets for sample in samples])),
         lengths=lengths,

@@ -208,7 +208,8 @@ class StepRunner:
 
     def _build(self, group: Sequence[Sample]) -> MicroBatch:
         by_row = self._own_head is None or self._own_head.by_row
-        return build_micro_batch(group, self._loaded.device, fill_up=by_row)
+        loaded = self._loaded
+        return build_micro_batch(group, loaded.device, fill_up=by_row, first_position=loaded.leading_tokens)
 
     def _loss(self, batch: MicroBatch, chunk_tokens: int) -> tuple[Tensor, Tensor | None]:
         """The summed loss, and in training what balances experts; None where nothing does."""
