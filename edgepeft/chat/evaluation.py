@@ -17,6 +17,8 @@ from edgepeft.data.records import BadRecord, Format, Record, read_records
 from edgepeft.data.template import ChatTemplate
 from edgepeft.data.tokens import Tokenizer
 from edgepeft.errors import BadInput
+from edgepeft.library.peft_config import leading_tokens
+from edgepeft.library.store import open_adapter
 from edgepeft.models.store import ModelEntry
 from edgepeft.spec import TrainOn
 
@@ -119,8 +121,10 @@ def evaluate(
     notes: list[str] = []
     records = _usable_records(data, format, columns, limit, notes)
     begun = time.perf_counter()
-    samples = _samples(records, tokenizer, template, system, entry.shape.context_length, notes)
-    prompts = _prompts(records, tokenizer, template, system, entry.shape.context_length, notes)
+    folders = {use.folder for use in adapters if use.scale}
+    context = entry.shape.context_length - sum(leading_tokens(open_adapter(Path(folder)).config) for folder in folders)
+    samples = _samples(records, tokenizer, template, system, context, notes)
+    prompts = _prompts(records, tokenizer, template, system, context, notes)
     losses, counts = _losses(client, samples, len(records), adapters, progress)
     answers, answer_seconds = _answers(
         client,

@@ -44,6 +44,12 @@ def method_id_of(settings: Mapping[str, Any], where: str) -> str:
     return _BY_TYPE[str(settings["peft_type"])]
 
 
+def leading_tokens(settings: Mapping[str, Any]) -> int:
+    """Places of the context that an adapter takes before every sample."""
+    count = settings.get("num_virtual_tokens")
+    return count if isinstance(count, int) else 0
+
+
 def check_supported(settings: Mapping[str, Any], where: str) -> None:
     """Refuses an adapter that computes something that is not implemented here.
 

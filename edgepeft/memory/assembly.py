@@ -127,6 +127,8 @@ def plan_with(
     """
     tokens, c, kind = given.tokens, given.compute_bytes, shape.model_type
     ahead = prefix.tokens if prefix is not None else 0
+    key_bytes = c * shape.kv_heads * shape.head_dim
+    before = PrefixPlan(prefix, len(given.lengths), key_bytes) if prefix is not None else None
     windows, kind_of_layer = _windows(shape, given.lengths[0] + ahead)
     forms_gain = kind in _GAIN_IN_FLOAT32
     known = {linear.name.rsplit(".", 1)[-1]: linear for linear in _known_linears(shape)}
@@ -153,7 +155,7 @@ def plan_with(
             attention=_attention_plan(shape, given, window, ahead),
             hidden_bytes=c * shape.hidden * tokens,
             query_bytes=c * shape.heads * shape.head_dim * tokens,
-            key_bytes=c * shape.kv_heads * shape.head_dim * tokens,
+            key_bytes=key_bytes * tokens,
             inner_bytes=linears["gate_proj"].out_bytes if "gate_proj" in linears else c * shape.intermediate * tokens,
             gain_bytes=FLOAT32 * shape.hidden if forms_gain else 0,
             head_gain_bytes=FLOAT32 * shape.head_dim if forms_gain else 0,
@@ -170,7 +172,7 @@ def plan_with(
             after_attention=branches.get("attention"),
             after_mlp=branches.get("mlp"),
             trains_gains=trains_gains,
-            prefix=prefix and PrefixPlan(prefix, len(given.lengths), c * shape.kv_heads * shape.head_dim),
+            prefix=before,
         )
 
     return MicroBatchPlan(

@@ -73,7 +73,6 @@ def _joined(ops: Operations, own: Tensor, before: Tensor | None, plan: PrefixPla
     tape.touch(0 if ops.compute_bytes == FLOAT32 else ahead)
     if tape.nodes is None:
         return out
-    trained = before is None
 
     def back(node: Node) -> list[Tensor | None]:
         g = node.take()
@@ -84,5 +83,5 @@ def _joined(ops: Operations, own: Tensor, before: Tensor | None, plan: PrefixPla
         return [grad, grad_before]
 
     # What follows the gradients of inputs is that of a trained tensor.
-    out.node = tape.record_plain((own.node,) if trained else (own.node, before.node), back)
+    out.node = tape.record_plain((own.node,) if before is None else (own.node, before.node), back)
     return out

@@ -22,10 +22,14 @@ class Workload(msgspec.Struct, frozen=True):
     """Tokens of the largest micro-batch of an evaluation; 0 when nothing is held out."""
     held_out_longest: int = 0
     held_out_trained: int = 0
+    samples: int = 0
+    """Samples of the micro-batch; 0 stands for as few as there can be. Only what stands before each one depends on
+    it."""
+    held_out_samples: int = 0
 
     def lengths(self) -> tuple[int, ...]:
         """Sample lengths that add up to `tokens`, none above `longest`: the longest first, the rest alike."""
-        return _split(self.tokens, self.longest)
+        return _split(self.tokens, self.longest, self.samples)
 
     def row_lengths(self) -> tuple[int, ...]:
         """The same with what fills up the row, which is computed like one more sample."""
@@ -33,7 +37,7 @@ class Workload(msgspec.Struct, frozen=True):
 
     def held_out_lengths(self) -> tuple[int, ...]:
         """As `lengths`, for the held-out micro-batch."""
-        return _split(self.held_out_tokens, self.held_out_longest)
+        return _split(self.held_out_tokens, self.held_out_longest, self.held_out_samples)
 
     def held_out_row_lengths(self) -> tuple[int, ...]:
         """As `row_lengths`, for the held-out micro-batch."""
@@ -58,8 +62,11 @@ def _filled_up(lengths: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(sorted((*lengths, padding), reverse=True)) if padding else lengths
 
 
-def _split(tokens: int, longest: int) -> tuple[int, ...]:
+def _split(tokens: int, longest: int, samples: int) -> tuple[int, ...]:
     if not tokens:
         return ()
     whole, rest = divmod(tokens, longest)
+    if samples > whole + (1 if rest else 0):
+        length, longer = divmod(tokens - longest, samples - 1)
+        return (longest, *(longer * (length + 1,)), *((samples - 1 - longer) * (length,)))
     return (longest,) * whole + ((rest,) if rest else ())

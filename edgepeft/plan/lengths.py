@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from edgepeft.data.schedule import total_steps
 from edgepeft.memory.workload import Workload
+from edgepeft.methods import method_of
 from edgepeft.plan.train_plan import DataSummary
 from edgepeft.plan.workloads import (
     Counts,
@@ -109,6 +110,7 @@ class SampleLengths:
         tokens = max(min(cap, step), longest)
         held_out = self._held_out_computed.clip(max=recipe.max_seq_len)
         held_out_longest = int(held_out.max()) if len(held_out) else 0
+        counts = counts_samples(recipe)
         held_out_tokens = max(min(cap, int(held_out.sum())), held_out_longest)
         return Workload(
             tokens=tokens,
@@ -118,6 +120,8 @@ class SampleLengths:
             held_out_tokens=held_out_tokens,
             held_out_longest=held_out_longest,
             held_out_trained=held_out_tokens,
+            samples=min(len(most), tokens - longest + 1) if counts else 0,
+            held_out_samples=min(len(held_out), held_out_tokens - held_out_longest + 1) if counts else 0,
         )
 
     def exact(self, spec: RunSpec) -> tuple[Workload, ...]:
@@ -129,10 +133,12 @@ class SampleLengths:
         run = self.steps(recipe)
         if run is None:
             return (self.bound(spec),)
-        key = (*_key(recipe, run), cap, most)
+        counts = counts_samples(recipe)
+        key = (*_key(recipe, run), cap, most, counts)
         if key not in self._exact:
             train = largest_micro_batches(run, cap)
-            self._exact[key] = workloads_of(train, largest_held_out(*self.held_out(recipe), cap, most))
+            held_out = largest_held_out(*self.held_out(recipe), cap, most)
+            self._exact[key] = workloads_of(train, held_out, count_samples=counts)
         return self._exact[key]
 
     def steps(self, recipe: Recipe) -> StepList | None:
@@ -193,6 +199,11 @@ class SampleLengths:
             overlong=self.samples - self.whole(max_seq_len),
             estimated=self.estimated,
         )
+
+
+def counts_samples(recipe: Recipe) -> bool:
+    """Whether memory depends on how many samples a micro-batch has: where something stands before each."""
+    return method_of(recipe.method).leading_tokens(recipe.method) > 0
 
 
 def _key(recipe: Recipe, run: StepList) -> tuple[object, ...]:

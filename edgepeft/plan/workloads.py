@@ -124,8 +124,16 @@ def uncovered(seen: dict[Size, Where]) -> list[tuple[Size, Where]]:
     return kept
 
 
-def workloads_of(train: list[MicroBatchSize], held_out: list[MicroBatchSize]) -> tuple[Workload, ...]:
-    """What predictions take: every one of `train` and of `held_out`, side by side in as few as hold them all."""
+def workloads_of(
+    train: list[MicroBatchSize], held_out: list[MicroBatchSize], *, count_samples: bool = False
+) -> tuple[Workload, ...]:
+    """What predictions take: every one of `train` and of `held_out`, side by side in as few as hold them all.
+
+    Args:
+        train: micro-batches of steps.
+        held_out: those of evaluations.
+        count_samples: whether memory depends on how many samples there are.
+    """
     made = []
     for number in range(max(len(train), len(held_out))):
         step = train[min(number, len(train) - 1)] if train else None
@@ -139,6 +147,8 @@ def workloads_of(train: list[MicroBatchSize], held_out: list[MicroBatchSize]) ->
                 held_out_tokens=evaluated.tokens if evaluated else 0,
                 held_out_longest=evaluated.longest if evaluated else 0,
                 held_out_trained=evaluated.trained if evaluated else 0,
+                samples=len(step.samples) if step and count_samples else 0,
+                held_out_samples=len(evaluated.samples) if evaluated and count_samples else 0,
             )
         )
     return tuple(made)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 from transformers import AutoConfig
 
@@ -16,6 +17,7 @@ from accuracy.closed_form import FAMILIES, compare, draw
 from accuracy.report import LIMITS, summarize
 
 from edgepeft.memory.assembly import is_exact
+from edgepeft.methods.prefix import PrefixConfig
 from edgepeft.models.config import read_shape
 
 
@@ -26,6 +28,17 @@ def test_the_closed_form_is_what_the_dry_run_counts():
     assert {row["phase"] for row in rows} == {"train step", "evaluation"}
     assert LIMITS["closed_form"].broken(summarize(rows)) == []
     assert statistics.median(abs(row["error"]) for row in rows) < 0.001
+
+
+@pytest.mark.parametrize("config", [PrefixConfig(20), PrefixConfig(20, reparameterised=True, width=256)])
+def test_keys_before_every_sample_are_counted(config: PrefixConfig):
+    for case in draw(seed=7, count=4):
+        samples = 9 if case.workload.tokens - case.workload.longest >= 8 else 1
+        workload = msgspec.structs.replace(case.workload, samples=samples)
+        recipe = msgspec.structs.replace(case.spec.recipe, method=config)
+        spec = msgspec.structs.replace(case.spec, recipe=recipe)
+        for row in compare(msgspec.structs.replace(case, spec=spec, workload=workload)):
+            assert abs(row["error"]) < 0.001, row
 
 
 def test_the_place_of_the_peak_is_the_same():

@@ -89,8 +89,7 @@ def logits_of(loaded: LoadedModel, *active: tuple[str, float]) -> Tensor:
     return out
 
 
-# The reference: transformers' model in float64, changed by hooks that write each method's formula down plainly, or given
-# a cache -------------------------------------------------------------------------------------------------------------
+# The reference: transformers' model in float64, with each method's formula written down plainly in hooks or a cache ---
 
 
 def reference(folder: Path, adapter: AttachedAdapter, strength: float = 1.0) -> tuple[Tensor, dict[str, Tensor]]:

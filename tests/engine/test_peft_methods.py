@@ -137,11 +137,6 @@ def change_tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[P
         (Ia3Config(), change_tensors(lambda tensors: tensors.popitem()), "is missing"),
         (NormConfig(), change_tensors(lambda tensors: tensors.update(other=torch.ones(3))), "other fits no layer"),
         (
-            BottleneckConfig(),
-            change_config(edgepeft={"type": "bottleneck", "reduction": 4.0}),
-            "this model needs 16×64",
-        ),
-        (
             PrefixConfig(4),
             change_tensors(lambda tensors: tensors["prompt_embeddings"].fill_(float("inf"))),
             "not finite",
@@ -153,6 +148,11 @@ def change_tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[P
         (PrefixConfig(4), change_config(num_virtual_tokens="4"), "must be a whole number"),
         (PrefixConfig(4), change_config(num_virtual_tokens=512), "leave no place in a context of 512"),
         (PrefixConfig(4), change_config(num_transformer_submodules=2), "for an encoder and a decoder"),
+        (
+            BottleneckConfig(),
+            change_config(edgepeft={"type": "bottleneck", "reduction": 4.0}),
+            "this model needs 16×64",
+        ),
         (BottleneckConfig(), change_config(edgepeft={"type": "bottleneck", "width": 4}), "unknown field `width`"),
         (BottleneckConfig(), change_config(edgepeft=None), "Expected `object`"),
         (BottleneckConfig(), change_config(peft_type="EDGEPEFT_OTHER"), "type EDGEPEFT_OTHER, which cannot be loaded"),

@@ -126,7 +126,7 @@ def generate_batch(
     answers = [Generated(len(prompt)) for prompt in prompts]
     # The longest first: what does not fit is known at once.
     order = sorted(range(len(prompts)), key=lambda index: -len(prompts[index]))
-    waiting = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+    waiting = _batches(order, prompts, batch_size, alike=session.wants_rows_alike)
     done: set[int] = set()
 
     def finish(index: int, stopped_by: str) -> None:
@@ -299,6 +299,18 @@ def _check_prompt(session: Session, prompt_ids: Sequence[int], limit: int) -> No
             where="prompt",
             hint="Its tokenizer does not belong to its weights",
         )
+
+
+def _batches(order: list[int], prompts: Sequence[list[int]], batch_size: int, *, alike: bool) -> list[list[int]]:
+    """Cuts `order`, longest first, into batches; with `alike` only of prompts of one length."""
+    batches: list[list[int]] = []
+    for index in order:
+        last = batches[-1] if batches else []
+        if not last or len(last) == batch_size or (alike and len(prompts[last[0]]) != len(prompts[index])):
+            batches.append([index])
+        else:
+            last.append(index)
+    return batches
 
 
 def _halves(indices: list[int]) -> list[list[int]]:

@@ -76,6 +76,11 @@ class Session:
         """Places that the model's context has behind what active adapters put first."""
         return self.loaded.shape.context_length - self.loaded.leading_tokens
 
+    @property
+    def wants_rows_alike(self) -> bool:
+        """Whether padding in front of a row would change it: a sliding window would pass what stands first sooner."""
+        return self.loaded.leading_tokens > 0 and self.loaded.shape.sliding_window is not None
+
     def token_limit(self, rows: int = 1) -> int:
         """Longest sequence in tokens, prompt and answer together, for each of `rows` conversations."""
         limit, leading = self.context_length, self.loaded.leading_tokens

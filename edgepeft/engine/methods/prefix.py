@@ -4,8 +4,8 @@ Each layer trains its keys and its values, [tokens, kv_heads, head_dim] each. Re
 `tanh(E Dᵀ + d) Uᵀ + u` with E [tokens, key], D [width, key] for all layers and U [2 · key, width] of each, key being
 kv_heads · head_dim; the last entries are those of the values. All of that is float32.
 
-PEFT's file has one tensor, `prompt_embeddings` [tokens, 2 · layers · key]: for each token the keys and the values of the
-first layer, then those of the next. A reparameterised prefix is written as what it makes.
+PEFT's file has one tensor, `prompt_embeddings` [tokens, 2 · layers · key]: for each token the keys and the values of
+the first layer, then those of the next. A reparameterised prefix is written as what it makes.
 """
 
 from __future__ import annotations

@@ -98,7 +98,8 @@ class PrefixedDecoder:
         count = self.tokens
         if not count or self._config._attn_implementation == PACKED:
             return self._forward(*arguments, **options)
-        given = arguments[0] if arguments else options.get("input_ids", options.get("inputs_embeds"))
+        ids = arguments[0] if arguments else options.get("input_ids")
+        given: Tensor = options["inputs_embeds"] if ids is None else ids
         cache = options.get("past_key_values")
         if cache is None:
             cache = options["past_key_values"] = DynamicCache()

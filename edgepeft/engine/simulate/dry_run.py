@@ -64,9 +64,15 @@ def check_workload(workload: Workload) -> None:
     Raises:
         UsageError: naming the number that is wrong.
     """
-    for what, tokens, longest, trained in (
-        ("micro-batch", workload.tokens, workload.longest, workload.trained),
-        ("held-out micro-batch", workload.held_out_tokens, workload.held_out_longest, workload.held_out_trained),
+    for what, tokens, longest, trained, samples in (
+        ("micro-batch", workload.tokens, workload.longest, workload.trained, workload.samples),
+        (
+            "held-out micro-batch",
+            workload.held_out_tokens,
+            workload.held_out_longest,
+            workload.held_out_trained,
+            workload.held_out_samples,
+        ),
     ):
         if what == "held-out micro-batch" and not tokens:
             continue
@@ -76,6 +82,11 @@ def check_workload(workload: Workload) -> None:
             raise UsageError(
                 f"a {what} of {tokens} tokens cannot have a sample of {longest} and {trained} trained ones",
                 hint="Neither can be more than its tokens",
+            )
+        if not 0 <= samples <= tokens - longest + 1:
+            raise UsageError(
+                f"a {what} of {tokens} tokens cannot have {samples} samples, the longest of {longest}",
+                hint="Each has a token",
             )
 
 

@@ -216,7 +216,7 @@ AttentionMaskInterface.register(PACKED, _no_dense_mask)
 
 
 class _Prefixed(torch.autograd.Function):
-    """Keys (or values) [1, kv_heads, tokens, dim] of a row, with `before` [ahead, kv_heads, dim] ahead of each sample's.
+    """Keys (or values) [1, kv_heads, tokens, dim] of a row, with `before` [ahead, kv_heads, dim] ahead of each sample.
 
     The result is [1, kv_heads, tokens + samples · ahead, dim], in the layout [tokens, kv_heads, dim].
     """

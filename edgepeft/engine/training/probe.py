@@ -20,6 +20,7 @@ from edgepeft.memory.estimate import estimate_training
 from edgepeft.memory.target import Target
 from edgepeft.memory.workload import Workload
 from edgepeft.models.shape import ModelShape
+from edgepeft.plan.lengths import counts_samples
 from edgepeft.plan.workloads import MicroBatchSize, StepList, largest_micro_batches
 from edgepeft.spec import Layout, RunSpec
 
@@ -41,8 +42,17 @@ def choose_trials(run: StepList, spec: RunSpec, shape: ModelShape, target: Targe
     cap = spec.layout.micro_batch_tokens
     real = [size if size.samples else _largest_of_step(run, size.step, cap) for size in largest_micro_batches(run, cap)]
 
+    counts = counts_samples(spec.recipe)
+
     def needed(size: MicroBatchSize) -> int:
-        return step_bytes(spec, shape, target, Workload(size.tokens, size.longest, size.trained, alone=not size.later))
+        workload = Workload(
+            size.tokens,
+            size.longest,
+            size.trained,
+            alone=not size.later,
+            samples=len(size.samples) if counts else 0,
+        )
+        return step_bytes(spec, shape, target, workload)
 
     ranked = sorted(((needed(size), size) for size in real), key=lambda item: (-item[0], -item[1].tokens))
     return [size for bytes_, size in ranked if bytes_ >= NEAR * ranked[0][0]][:MOST_TRIALS]
