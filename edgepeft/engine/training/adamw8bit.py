@@ -43,6 +43,8 @@ class AdamW8bit(torch.optim.Optimizer):
         eps: float,
         weight_decay: float,
     ) -> None:
+        # Its import registers the operations of a step, which small tensors need too.
+        bitsandbytes_functional()
         self._maps: tuple[Tensor, Tensor] | None = None
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
 
@@ -52,10 +54,11 @@ class AdamW8bit(torch.optim.Optimizer):
         return self._maps or ()
 
     def create_state(self) -> None:
-        """Makes the states that are missing: moments of zero."""
+        """Makes the states of what trains that are missing: moments of zero."""
         for group in self.param_groups:
             for parameter in group["params"]:
-                self._state_of(parameter)
+                if parameter.requires_grad:
+                    self._state_of(parameter)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -67,11 +70,11 @@ class AdamW8bit(torch.optim.Optimizer):
                     self._change(parameter, parameter.grad.contiguous(), group)
 
     def _state_of(self, parameter: nn.Parameter) -> dict[str, Any]:
-        state: dict[str, Any] = self.state[parameter]
-        if state:
-            return state
+        if found := self.state.get(parameter):
+            known: dict[str, Any] = found
+            return known
         small = parameter.numel() < LEAST_8BIT
-        state["step"] = 0
+        state: dict[str, Any] = {"step": 0}
         for moment in ("1", "2"):
             dtype = torch.float32 if small else torch.uint8
             state[f"state{moment}"] = torch.zeros_like(parameter, dtype=dtype, memory_format=torch.contiguous_format)
@@ -80,6 +83,8 @@ class AdamW8bit(torch.optim.Optimizer):
                 state[f"absmax{moment}"] = torch.zeros(blocks, dtype=torch.float32, device=parameter.device)
         if not small:
             self._maps_on(parameter.device)
+        # All of them or none, where memory runs out.
+        self.state[parameter] = state
         return state
 
     def _maps_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
