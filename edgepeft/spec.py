@@ -8,10 +8,12 @@ the layout, and the loss is normalised by the step's trained tokens. So a layout
 from __future__ import annotations
 
 import hashlib
+import math
 from typing import Literal
 
 import msgspec
 
+from edgepeft.errors import UsageError
 from edgepeft.methods import MethodConfig
 
 Precision = Literal["fp32", "bf16", "fp16", "int8", "nf4"]
@@ -94,6 +96,44 @@ class Schedule(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Rate at the last step, as a share of the peak rate."""
 
 
+class Unfreeze(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Layers that begin to train one after another, the topmost at the first step.
+
+    Progressive unfreezing: Howard & Ruder 2018, *Universal Language Model Fine-tuning* (arXiv 1801.06146). One of the
+    two fields is given. What an adapter has in a layer that does not train yet acts as it is. What it has in no layer,
+    or shares between layers, trains from the beginning.
+    """
+
+    share: float | None = None
+    """All layers train when this share of the steps is done."""
+    every_steps: int | None = None
+    """Steps from one layer to the next."""
+
+    def __post_init__(self) -> None:
+        if (self.share is None) == (self.every_steps is None):
+            raise UsageError("is no schedule of layers", where="unfreeze", hint="Give either share or every_steps")
+        if self.share is not None and not 0 < self.share <= 1:
+            hint = "Give a number above 0 and up to 1, such as 0.5"
+            raise UsageError(f"{self.share!r} is no share of the steps", where="unfreeze", hint=hint)
+        if self.every_steps is not None and self.every_steps < 1:
+            hint = "Give a whole number of at least 1"
+            raise UsageError(f"a layer every {self.every_steps} steps is not possible", where="unfreeze", hint=hint)
+
+    def layers_at(self, step: int, steps: int, layers: int) -> int:
+        """How many of `layers` train in step `step`, counted from 0, of `steps`; a pure function, so resuming needs no
+        state."""
+        full = self.full_from(steps, layers)
+        if step >= full:
+            return layers
+        return 1 + (step // self.every_steps if self.every_steps else step * (layers - 1) // full)
+
+    def full_from(self, steps: int, layers: int) -> int:
+        """The first step, counted from 0, in which all layers train."""
+        if self.every_steps:
+            return (layers - 1) * self.every_steps
+        return min(steps - 1, math.ceil((self.share or 0.0) * steps)) if layers > 1 else 0
+
+
 class ParentRef(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which adapter training starts from, instead of from the base."""
 
@@ -126,6 +166,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: int = 0
     parent: ParentRef | None = None
     """The adapter whose values training starts with; None starts from the base."""
+    unfreeze: Unfreeze | None = None
+    """When layers begin to train; None trains all of them from the beginning."""
 
     def digest(self) -> str:
         """`sha256:…` of the recipe's canonical JSON; a checkpoint resumes only under the recipe it was made with."""
@@ -133,6 +175,8 @@ class Recipe(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         # What recipes did not have at first is left out where it changes nothing: older checkpoints stay good.
         if self.parent is None:
             del content["parent"]
+        if self.unfreeze is None:
+            del content["unfreeze"]
         if self.optimizer.lora_plus_ratio == 1.0:
             del content["optimizer"]["lora_plus_ratio"]
         for name in ("dora", "ranks"):

@@ -192,6 +192,7 @@ def test_the_digest_is_as_it_was_before_later_fields(base: ModelEntry, folder: P
     recipe = build(base.name, alpaca_file, OPTIONS).spec.recipe
     content = msgspec.to_builtins(recipe)
     assert content.pop("parent") is None
+    assert content.pop("unfreeze") is None
     assert content["optimizer"].pop("lora_plus_ratio") == 1.0
     assert content["method"].pop("dora") is False
     assert content["method"].pop("ranks") == {}

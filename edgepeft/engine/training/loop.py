@@ -53,6 +53,7 @@ from edgepeft.engine.training.spill import SpillWatch, card_memory, driver_spill
 from edgepeft.engine.training.start import load_start
 from edgepeft.engine.training.step import MicroBatchTooLarge, StepRunner, StepSums
 from edgepeft.engine.training.stopping import StopRequests, StopRun
+from edgepeft.engine.training.unfreezing import Unfreezing
 from edgepeft.engine.training.update import AdapterUpdate
 from edgepeft.errors import BadInput, OutOfMemory
 from edgepeft.plan.train_plan import TrainPlan
@@ -199,6 +200,7 @@ class Training:
         )
         if self.steps != plan.steps:
             emit(Warned(message=f"the data gives {self.steps} steps, the plan said {plan.steps}"))
+        self.unfreezing = Unfreezing(loaded, self.adapter, self._recipe.unfreeze, self.steps)
         self.position = RunPosition(step=0, layout=plan.spec.layout, data_key=data.key)
         self._finite = FiniteWatch()
         # Before the model is switched to packed attention, which it remembers to leave for an answer.
@@ -348,6 +350,9 @@ class Training:
             layout, not_finite = self.position.layout, self._finite.in_a_row
             failed: tuple[int, int, str] | None = None
             try:
+                # Layers that begin to train in this step get their state: memory can run out here, too.
+                self.unfreezing.begin_step(self.position.step)
+                self.update.create_state()
                 return self._change(self.runner.train(samples, layout, self.position.step))
             except MicroBatchTooLarge as error:
                 failed = (error.tokens, error.samples, str(error))

@@ -27,6 +27,8 @@ class Size(NamedTuple):
     """Trained rows whose logits exist at one time."""
     gradients: bool = False
     """Whether there are gradients before it."""
+    trained: int = 0
+    """Tensors that get a gradient; more of them while layers are unfrozen."""
 
 
 NEAR_LARGEST = 0.97

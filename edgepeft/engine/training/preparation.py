@@ -1,7 +1,7 @@
 """What happens between loading and the first step: whatever could run out of memory later is done now, and undone.
 
-The optimizer's state is made, the largest micro-batches of the steps that are left are tried, and the largest of an
-evaluation. Where they do not fit, the layout shrinks as it would in a step.
+With all layers training, as at the end of the run, the optimizer's state is made, the largest micro-batches of the
+steps that are left are tried, and the largest of an evaluation. Where they do not fit, the layout shrinks as in a step.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ def prepare(training: Training, smaller: Cause | None = None) -> bool:
     if reason_to_end(training.position, training.steps, training.plan.spec.upkeep) is not None:
         return False
     _let_gauge_compare(training)
+    training.unfreezing.train_all()
     try:
         _create_state(training)
         if smaller is not None:
@@ -52,6 +53,9 @@ def prepare(training: Training, smaller: Cause | None = None) -> bool:
         _probe(training)
     except StopRun:
         return True
+    finally:
+        training.unfreezing.begin_step(training.position.step)
+        training.update.drop_idle_state()
     return False
 
 

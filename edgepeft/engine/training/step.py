@@ -118,7 +118,10 @@ class StepRunner:
         tokens = 0
         for group in self._groups(samples, layout):
             self._begin_micro_batch()
-            size = _size(group, layout, gradients=any(tensor.grad is not None for tensor in self._trained))
+            size = _size(group, layout)._replace(
+                gradients=any(tensor.grad is not None for tensor in self._trained),
+                trained=sum(tensor.requires_grad for tensor in self._trained),
+            )
             watched: AbstractContextManager[object] = nullcontext()
             if watch_all or self._gauge.wants(size):
                 watched = self._gauge.watch(size)
@@ -241,10 +244,10 @@ class StepRunner:
         return dropout_context(self._recipe.seed, step, batch.row_samples, batch.row_lengths)
 
 
-def _size(group: Sequence[Sample], layout: Layout, *, gradients: bool = False) -> Size:
+def _size(group: Sequence[Sample], layout: Layout) -> Size:
     lengths = [len(sample.ids) for sample in group]
     rows = sum(len(sample.targets) for sample in group)
-    return Size(sum(lengths), max(lengths), min(rows, layout.loss_chunk_tokens), gradients)
+    return Size(sum(lengths), max(lengths), min(rows, layout.loss_chunk_tokens))
 
 
 def _name_gradient(parameter: Tensor) -> None:

@@ -38,23 +38,31 @@ class AdapterUpdate:
         self._applied = False
 
     def create_state(self) -> None:
-        """Makes the states that AdamW would make in its first step, with the same values.
+        """Makes the states that AdamW would make in its next step, with the same values: those of all that trains now.
 
-        A run then holds from its beginning what it holds at its end, and no later step can fail on them half-way.
+        No step can then fail on them half-way.
         """
         if isinstance(self._adamw, AdamW8bit):
             self._adamw.create_state()
             return
+        for parameter in self._training():
+            if not self._adamw.state.get(parameter):
+                # All of them or none, where memory runs out.
+                self._adamw.state[parameter] = {
+                    "exp_avg": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                    "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.preserve_format),
+                    "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                }
+
+    def drop_idle_state(self) -> None:
+        """Frees the states of what does not train yet."""
         for parameter in self.parameters.values():
-            state = self._adamw.state[parameter]
-            if not state:
-                state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            if not parameter.requires_grad:
+                self._adamw.state.pop(parameter, None)
 
     def create_gradients(self) -> None:
         """Makes gradients of zero, as they exist from a step's second micro-batch on."""
-        for parameter in self.parameters.values():
+        for parameter in self._training():
             parameter.grad = torch.zeros_like(parameter)
 
     def drop_gradients(self) -> None:
@@ -124,6 +132,9 @@ class AdapterUpdate:
             "gradients": [gradient for gradient in gradients if gradient is not None],
             "optimizer state": self._states(),
         }
+
+    def _training(self) -> list[nn.Parameter]:
+        return [parameter for parameter in self.parameters.values() if parameter.requires_grad]
 
     def _states(self) -> list[Tensor]:
         states = [value for state in self._adamw.state.values() for value in state.values()]
