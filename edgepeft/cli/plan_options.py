@@ -105,6 +105,18 @@ class PlanOptions(msgspec.Struct, frozen=True):
         str | None,
         typer.Option("--schedule", help="After warm-up: cosine, linear or constant.", show_default=False),
     ] = None
+    unfreeze: Annotated[
+        float | None,
+        typer.Option(
+            "--unfreeze",
+            help="Layers begin to train one by one, the top one first; all of them after this share of the steps.",
+            show_default=False,
+        ),
+    ] = None
+    unfreeze_every: Annotated[
+        int | None,
+        typer.Option("--unfreeze-every", help="The same, with so many steps between two layers.", show_default=False),
+    ] = None
     checkpointing: Annotated[
         str | None,
         typer.Option("--checkpointing", help="Activation checkpointing: layer, none or offload.", show_default=False),

@@ -33,6 +33,7 @@ _COUNTS: dict[str, int] = {
     "samples_per_step": 1,
     "max_steps": 1,
     "loss_chunk_tokens": 1,
+    "unfreeze_every": 1,
     "eval_every": 0,
     "early_stop": 0,
     "seed": 0,
@@ -41,6 +42,7 @@ _RANGES: dict[str, tuple[float, float, str]] = {
     "epochs": (0, 10_000, "Usual are 1 to 5"),
     "learning_rate": (0, 1, "Usual are 1e-5 to 2e-3"),
     "alpha": (0, 1e6, "Twice the rank is usual"),
+    "unfreeze": (0, 1, "Give the share of the steps after which all layers train, such as 0.5"),
 }
 _SWITCHES = ("deterministic",)
 _SHARED = ("rank", "alpha", "dropout", "targets")
@@ -84,6 +86,10 @@ def check_pins(overrides: dict[str, Any]) -> Pins:
             pins["settings"] = settings
         else:
             raise UsageError("unknown option", where=where)
+    if "unfreeze" in pins and "unfreeze_every" in pins:
+        raise UsageError(
+            "says the same as --unfreeze, in other words", where="--unfreeze-every", hint="Give one of them"
+        )
     return pins
 
 

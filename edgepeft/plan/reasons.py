@@ -9,6 +9,7 @@ from edgepeft.library.parent import TAKEN_OVER
 from edgepeft.methods import METHODS, LoraConfig, MethodConfig, count_parameters, id_of
 from edgepeft.plan.speed import OFFLOAD_SPEED, say_time
 from edgepeft.plan.train_plan import Choice, DataSummary, Origin
+from edgepeft.plan.unfreezing import explain_unfreezing, say_unfreezing
 from edgepeft.plan.upkeep import upkeep_reasons, upkeep_values
 from edgepeft.spec import Recipe, RunSpec
 from edgepeft.units import format_bytes, format_count, format_share
@@ -75,6 +76,7 @@ def shown_values(spec: RunSpec) -> dict[str, str]:
         "weight-decay": f"{recipe.optimizer.weight_decay:g}",
         "schedule": recipe.schedule.name,
         "warmup": format_share(recipe.schedule.warmup_fraction, digits=0),
+        "unfreeze": say_unfreezing(recipe),
         **upkeep_values(spec.upkeep),
         "seed": str(recipe.seed),
     }
@@ -164,6 +166,9 @@ def describe(
     add("weight-decay", preset.weight_decay.description, "preset")
     add("schedule", preset.schedule.description, "preset")
     add("warmup", preset.warmup_fraction.description, "preset")
+    if recipe.unfreeze is not None:
+        steps = 0 if data is None else steps_of(recipe, data.train_samples)
+        found.append(Choice("unfreeze", values["unfreeze"], "user", explain_unfreezing(recipe, search.shape, steps)))
     for what, why, origin in upkeep_reasons(spec.upkeep, pins, preset, data):
         add(what, why, origin)
     add("seed", "of order, dropout and start")

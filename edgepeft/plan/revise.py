@@ -21,13 +21,13 @@ from edgepeft.plan.reasons import TIME, check_samples_left, shown_values, steps_
 from edgepeft.plan.simulated import read_config
 from edgepeft.plan.speed import RunTime, time_run
 from edgepeft.plan.train_plan import Choice, TrainPlan
+from edgepeft.plan.unfreezing import check_unfreezing
 from edgepeft.plan.upkeep import check_prompts, idle_upkeep
 from edgepeft.plan.verify import dry_run
 from edgepeft.spec import RunSpec
 from edgepeft.units import format_bytes
 
 EDITED = "edited in the plan file"
-RATIO = "lora-plus-ratio"
 Progress = Callable[[str, float | None], None]
 
 
@@ -93,6 +93,10 @@ def revise(plan: TrainPlan, *, where: str, progress: Progress | None = None) -> 
     if trouble := idle_upkeep(spec.upkeep, data, steps):
         option, what, hint = trouble
         raise BadInput(what, where=f"{where}, spec.upkeep.{option.replace('-', '_')}", hint=hint)
+    try:
+        check_unfreezing(recipe, entry.shape, steps)
+    except UsageError as error:
+        raise BadInput(error.what, where=f"{where}, spec.recipe.unfreeze", hint=error.hint) from error
     time = time_run(spec, entry.shape, device, lengths, entry)
     memory = prediction.memory
     if not is_exact(entry.shape) and plan.dry_run is None:
@@ -202,7 +206,11 @@ def _marked(choices: tuple[Choice, ...], spec: RunSpec, time: RunTime | None) ->
         for choice in choices
         if choice.what != TIME
     ]
-    if spec.recipe.optimizer.lora_plus_ratio != 1 and all(choice.what != RATIO for choice in marked):
-        # A plan does not show what it leaves switched off.
-        marked.append(Choice(RATIO, values[RATIO], "user", EDITED))
+    # A plan does not show what it leaves switched off.
+    switched_on = {
+        "lora-plus-ratio": spec.recipe.optimizer.lora_plus_ratio != 1,
+        "unfreeze": spec.recipe.unfreeze is not None,
+    }
+    missing = {what for what, on in switched_on.items() if on} - {choice.what for choice in marked}
+    marked += [Choice(what, values[what], "user", EDITED) for what in sorted(missing)]
     return (*marked, time_choice(time)) if time is not None else tuple(marked)

@@ -366,6 +366,7 @@ def describe_plan(search: Search, chosen: Candidate) -> TrainPlan:
     """
     from edgepeft.plan.reasons import check_samples_left, describe, notes_of, steps_of
     from edgepeft.plan.runner_ups import runner_ups
+    from edgepeft.plan.unfreezing import check_unfreezing
     from edgepeft.plan.upkeep import decide_upkeep, time_note
 
     request, spec = search.request, search.spec(chosen)
@@ -374,6 +375,7 @@ def describe_plan(search: Search, chosen: Candidate) -> TrainPlan:
     if data is not None:
         check_samples_left(data, spec.recipe)
     steps = 0 if data is None else steps_of(spec.recipe, data.train_samples)
+    check_unfreezing(spec.recipe, search.shape, steps)
     spec = msgspec.structs.replace(spec, upkeep=decide_upkeep(search.pins, request.preset, data, steps))
     prediction = search.count(chosen)
     time = search.time(spec)

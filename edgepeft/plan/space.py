@@ -20,6 +20,7 @@ from edgepeft.spec import (
     Recipe,
     RunSpec,
     Schedule,
+    Unfreeze,
 )
 
 RANK_STEP = 4
@@ -159,6 +160,7 @@ class Space:
             ),
             seed=pins.get("seed", 0),
             parent=request.parent.ref if request.parent is not None else None,
+            unfreeze=self.unfreeze(),
         )
         layout = Layout(
             candidate.micro_batch_tokens,
@@ -185,6 +187,11 @@ class Space:
         if "max_steps" in self.pins:
             return int(self.pins["max_steps"])
         return None if "epochs" in self.pins else self.request.preset.max_steps.value or None
+
+    def unfreeze(self) -> Unfreeze | None:
+        """When layers begin to train; never anything but what was typed."""
+        share, every = self.pins.get("unfreeze"), self.pins.get("unfreeze_every")
+        return None if share is None and every is None else Unfreeze(share, every)
 
     def learning_rate(self) -> float:
         """The preset's rate, adapted to the model's width."""

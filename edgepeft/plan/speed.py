@@ -18,6 +18,7 @@ from edgepeft.memory.calibration import Observation, observations
 from edgepeft.methods import count_parameters
 from edgepeft.models.quantized_copy import usable_copy_bytes
 from edgepeft.models.shape import ModelShape
+from edgepeft.plan.unfreezing import training_share
 from edgepeft.plan.workloads import Counts, StepList
 from edgepeft.spec import Checkpointing, RunSpec
 from edgepeft.units import format_seconds, format_share
@@ -147,8 +148,8 @@ def training_operations(spec: RunSpec, shape: ModelShape, run: StepList) -> floa
     times += whole
     for step in range(run.steps - rest, run.steps):
         times[step_samples(len(run.tokens), run.samples_per_step, step, run.seed)] += 1
-    recomputed = spec.layout.checkpointing != "none"
-    return _operations(spec, shape, run.tokens, run.trained, times, passes=3 if recomputed else 2, learn=True)
+    learning = training_share(spec.recipe, shape, run.steps)
+    return _operations(spec, shape, run.tokens, run.trained, times, learning=learning)
 
 
 def evaluation_operations(spec: RunSpec, shape: ModelShape, tokens: Counts, trained: Counts) -> float:
@@ -162,13 +163,13 @@ def evaluation_operations(spec: RunSpec, shape: ModelShape, tokens: Counts, trai
     """
     count = min(len(tokens), spec.upkeep.eval_max_samples)
     times = np.ones(count, np.int64)
-    return _operations(spec, shape, tokens[:count], trained[:count], times, passes=1, learn=False)
+    return _operations(spec, shape, tokens[:count], trained[:count], times, learning=0.0)
 
 
 def _operations(
-    spec: RunSpec, shape: ModelShape, tokens: Counts, trained: Counts, times: Counts, *, passes: int, learn: bool
+    spec: RunSpec, shape: ModelShape, tokens: Counts, trained: Counts, times: Counts, *, learning: float
 ) -> float:
-    """Operations of samples that run `times` times each through every layer, `passes` forwards' worth each time."""
+    """Operations of samples that run `times` times each through every layer, and back through `learning` of them."""
     weights = shape.layers * shape.linear_parameters_per_layer
     adapter = count_parameters(spec.recipe.method, shape)
     all_tokens = float((tokens * times).sum())
@@ -177,11 +178,11 @@ def _operations(
     attention = 2.0 * shape.layers * shape.heads * shape.head_dim * squares
     head = 2.0 * shape.vocab * shape.hidden * float((trained * times).sum())
     layers = 2.0 * (weights + adapter) * all_tokens + attention
-    if not learn:
+    if not learning:
         return layers + head
-    # The adapter's own gradients, and the second half of the attention's backward.
-    own = 2.0 * adapter * all_tokens + attention
-    return passes * layers + own + 2.0 * head
+    # Backward and recomputation; the adapter's own gradients, and the second half of the attention's backward.
+    again = layers if spec.layout.checkpointing == "none" else 2.0 * layers
+    return layers + learning * (again + 2.0 * adapter * all_tokens + attention) + 2.0 * head
 
 
 def find_rate(device: PlanDevice, spec: RunSpec, shape: ModelShape) -> Rate | None:
