@@ -9,7 +9,7 @@ from types import MappingProxyType
 import msgspec
 
 from edgepeft.memory.attention import AttentionPlan
-from edgepeft.memory.chunks import CPU_CHUNK, LOSS_SCRATCH_BYTES, NF4_BLOCK
+from edgepeft.memory.chunks import CPU_CHUNK, LOSS_SCRATCH_BYTES, NF4_BLOCK, TABLE_ROWS
 from edgepeft.memory.experts import ExpertsPlan
 from edgepeft.memory.micro_batch import LossPlan, MicroBatchPlan
 from edgepeft.memory.operations import FLOAT32, LinearPlan
@@ -98,6 +98,7 @@ def plan_micro_batch(shape: ModelShape, given: Pass, method: MethodConfig | None
         branches,
         trains_gains=module.trains_gains(method),
         prefix=module.prefix_terms(method, shape),
+        trains_tables=module.trains_tables(method),
         trained=module.trained(method, shape),
     )
 
@@ -111,6 +112,7 @@ def plan_with(
     *,
     trains_gains: bool = False,
     prefix: PrefixTerms | None = None,
+    trains_tables: bool = False,
     trained: Trained = Trained(),  # noqa: B008
 ) -> MicroBatchPlan:
     """The same with any updates.
@@ -123,6 +125,7 @@ def plan_with(
         branches: what is put behind `attention` and `mlp`.
         trains_gains: whether those of norms are trained.
         prefix: what stands before every sample.
+        trains_tables: whether the embedding and the output head are.
         trained: all tensors that are.
     """
     tokens, c, kind = given.tokens, given.compute_bytes, shape.model_type
@@ -175,6 +178,8 @@ def plan_with(
             prefix=before,
         )
 
+    on_tape = shape.final_norm_parameters if trains_gains else 0
+    on_tape += shape.embedding_parameters if trains_tables else 0
     return MicroBatchPlan(
         tokens=tokens,
         compute_bytes=c,
@@ -193,9 +198,22 @@ def plan_with(
             compute_bytes=c,
             scratch_bytes=LOSS_SCRATCH_BYTES[given.target.kind],
             softcap=shape.logit_softcap is not None,
+            trains_head=trains_tables,
+            adding_bytes=_adding_bytes(shape, given) if trains_tables else 0,
         ),
         trained=trained,
+        others_beside_tape=sum(trained.others) - on_tape,
+        trains_tables=trains_tables,
+        tied=shape.tied_embeddings,
     )
+
+
+def _adding_bytes(shape: ModelShape, given: Pass) -> int:
+    """A block of a trained head's gradient in the compute dtype, and on the CPU its float32 copy while it is added."""
+    c = given.compute_bytes
+    if c == FLOAT32:
+        return 0
+    return min(shape.vocab, TABLE_ROWS) * shape.hidden * (c + (FLOAT32 if given.target.kind == "cpu" else 0))
 
 
 def dequantizing_bytes(linear: LinearShape, given: Pass) -> int:

@@ -8,6 +8,9 @@ from edgepeft.units import MIB
 
 LOSS_SCRATCH_BYTES: dict[DeviceKind, int] = {"cpu": 4 * MIB, "cuda": 64 * MIB}
 """Float32 scratch of the cross-entropy: on the CPU it stays in the cache, on a card fewer launches count."""
+TABLE_ROWS = 8192
+"""Rows of the output head's gradient that are formed at one time, where it is trained: in 16 bit they are a tensor of
+their own before they are added up in float32."""
 ATTENTION_ROWS = 256
 """Query rows whose scores exist at one time in the block attention: bounds the workspace, and skips half of a long
 triangle."""

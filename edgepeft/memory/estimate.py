@@ -64,7 +64,10 @@ def estimate_training(spec: RunSpec, shape: ModelShape, workload: Workload, targ
         {
             "adapter weights": trained + method.held_bytes(recipe.method, shape),
             "optimizer state": state_bytes(recipe.optimizer.name, tensors.sizes(shape.layers)),
-            "workspace": workspace_bytes(shape, recipe.precision, recipe.compute_dtype),
+            # Copies that take the base's place are float32, whatever that is held in.
+            "workspace": workspace_bytes(
+                shape, "fp32" if method.needs_dense_base else recipe.precision, recipe.compute_dtype
+            ),
         },
     )
     step = train(

@@ -32,6 +32,15 @@ class LossPlan(msgspec.Struct, frozen=True):
     scratch_bytes: int
     """Float32 scratch at the most, where one row needs less."""
     softcap: bool
+    trains_head: bool = False
+    """Whether the head's matrix gets a gradient, which is formed with the loss."""
+    adding_bytes: int = 0
+    """What adding up a chunk's part of that takes, beside it."""
+
+    @property
+    def head_bytes(self) -> int:
+        """Of the head's matrix in the compute dtype."""
+        return self.vocab * self.row_bytes
 
 
 class MicroBatchPlan(msgspec.Struct, frozen=True):
@@ -55,6 +64,12 @@ class MicroBatchPlan(msgspec.Struct, frozen=True):
     loss: LossPlan
     trained: Trained
     """What the method trains."""
+    others_beside_tape: int
+    """Entries of what it trains of no layer, but for final norm, embedding and head, whose gradients the tape forms."""
+    trains_tables: bool = False
+    """Whether the embedding and the output head are among it."""
+    tied: bool = False
+    """Whether these are one."""
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -84,10 +99,10 @@ def train(plan: MicroBatchPlan, *, checkpointed: bool, alone: bool, offloaded: b
     prefix = plan.kinds[0].prefix
     adds_up = prefix is not None and prefix.terms.shared > 0
     layers = _Layers(plan.kind_of_layer, FLOAT32 * sum(plan.trained.of_layer) if alone else 0, adds_up=adds_up)
-    hidden = _forward(plan, tape, layers, checkpointed=checkpointed, offloaded=offloaded)
+    hidden = _forward(plan, tape, layers, checkpointed=checkpointed, offloaded=offloaded, alone=alone)
     tape.enter("loss")
     tape.category = LOSS
-    gradient = _loss(plan.loss, tape)
+    gradient, of_head = _loss(plan.loss, tape)
     end = hidden.node
     assert gradient is not None
     assert end is not None
@@ -101,7 +116,7 @@ def train(plan: MicroBatchPlan, *, checkpointed: bool, alone: bool, offloaded: b
     if alone and not adds_up:
         # Of no layer: when exactly they come into being matters little.
         tape.category = GRADIENTS
-        held.append(Tensor(tape, FLOAT32 * sum(plan.trained.others)))
+        held.append(Tensor(tape, FLOAT32 * plan.others_beside_tape))
         tape.category = RECOMPUTED
 
     def accumulate(gradient: Tensor) -> None:
@@ -109,6 +124,9 @@ def train(plan: MicroBatchPlan, *, checkpointed: bool, alone: bool, offloaded: b
             tape.rename(gradient, GRADIENTS)
             held.append(gradient)
 
+    if of_head is not None:
+        accumulate(of_head)
+    del of_head
     tape.backward(accumulate)
     tape.leave()
     return max((place for peak in tape.peaks for place in layers.places(peak)), key=lambda place: place.total_bytes)
@@ -178,15 +196,26 @@ class _Layers:
 
 
 def _forward(
-    plan: MicroBatchPlan, tape: Tape, layers: _Layers, *, checkpointed: bool, offloaded: bool = False
+    plan: MicroBatchPlan,
+    tape: Tape,
+    layers: _Layers,
+    *,
+    checkpointed: bool,
+    offloaded: bool = False,
+    alone: bool = False,
 ) -> Tensor:
     """The hidden states after the final norm."""
     ops = Operations(tape, plan.tokens, plan.compute_bytes, plan.angle_bytes, converts=plan.converts)
     size = plan.tokens * plan.loss.row_bytes
     # The caller of the layers holds the embeddings to the end.
-    embeddings = Tensor(tape, size)
-    if plan.scales_embeddings:
+    if plan.trains_tables:
+        # A tied table has the head's gradient by then.
+        entries = plan.loss.head_bytes // plan.compute_bytes
+        embeddings = ops.look_up(size, FLOAT32 * entries if alone and not plan.tied else 0)
+    else:
         embeddings = Tensor(tape, size)
+    if plan.scales_embeddings:
+        embeddings = ops.through(embeddings, size, size)
     hidden = embeddings
     for number in layers.run:
         kind = plan.kind_of_layer[number]
@@ -202,19 +231,26 @@ def _forward(
     return plan.kinds[0].hidden_norm(ops, hidden)
 
 
-def _loss(plan: LossPlan, tape: Tape) -> Tensor | None:
-    """The gradient of the rows that meet the head; None without gradients."""
+def _loss(plan: LossPlan, tape: Tape) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of the rows that meet the head, and of a head that is trained; None without gradients."""
     recording = tape.nodes is not None
     rows = loss_rows(plan.trained, plan.chunk_rows)
     chunk = min(plan.chunk_rows, rows)
     gradient = Tensor(tape, rows * plan.row_bytes) if recording else None
     if not plan.trained:
-        return gradient
+        return gradient, None
+    of_head = head = None
+    if plan.trains_head:
+        wide = FLOAT32 * plan.head_bytes // plan.compute_bytes
+        of_head = Tensor(tape, wide) if recording else None
+        head = Tensor(tape, 0 if plan.compute_bytes == FLOAT32 else plan.head_bytes)
     buffer = Tensor(tape, chunk * plan.vocab * plan.compute_bytes)
     picked = Tensor(tape, chunk * plan.row_bytes)
     # The rows of the chunk before live until the next ones are there.
     tape.touch(min(chunk, rows - chunk) * plan.row_bytes)
     step = max(1, min(chunk, plan.trained, plan.scratch_bytes // (FLOAT32 * plan.vocab)))
     tape.touch((2 if plan.softcap and recording else 1) * step * plan.vocab * FLOAT32)
-    del buffer, picked
-    return gradient
+    if recording:
+        tape.touch(plan.adding_bytes)
+    del buffer, picked, head
+    return gradient, of_head

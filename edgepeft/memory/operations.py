@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import msgspec
 
 from edgepeft.memory.chunks import ELEMENTWISE_CHUNK
-from edgepeft.memory.tape import Node, Tape, Tensor
+from edgepeft.memory.tape import GRADIENTS, Node, Tape, Tensor
 from edgepeft.methods import BranchTerms, LinearTerms
 
 FLOAT32 = 4
@@ -149,6 +149,32 @@ class Operations:
             return [g, g]
 
         return Tensor(tape, a.size, tape.record_plain((a.node, b.node), back))
+
+    def look_up(self, size: int, table_bytes: int) -> Tensor:
+        """Rows of a trained float32 table in the compute dtype: one node (engine.model.tables).
+
+        Args:
+            size: bytes of them.
+            table_bytes: of a gradient that the table has not got yet.
+        """
+        tape = self.tape
+        wide = 0 if self.compute_bytes == FLOAT32 else FLOAT32 * size // self.compute_bytes
+        rows = Tensor(tape, wide)
+        out = Tensor(tape, size)
+        del rows
+        if tape.nodes is None:
+            return out
+
+        def back(node: Node) -> list[Tensor | None]:
+            g = node.take()
+            own = Tensor(tape, table_bytes)
+            tape.rename(own, GRADIENTS)
+            tape.touch(wide)
+            del g
+            return [own]
+
+        out.node = tape.record_plain((), back)
+        return out
 
     # Parts of a layer --------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from edgepeft.errors import UsageError
 from edgepeft.methods.bias import Bias, BiasConfig
 from edgepeft.methods.bottleneck import Bottleneck, BottleneckConfig
 from edgepeft.methods.compacter import Compacter, CompacterConfig
+from edgepeft.methods.full import Full, FullConfig
 from edgepeft.methods.ia3 import Ia3, Ia3Config
 from edgepeft.methods.lora import Lora, LoraConfig
 from edgepeft.methods.norm import Norm, NormConfig
@@ -22,7 +23,9 @@ from edgepeft.methods.prefix import Prefix, PrefixConfig
 from edgepeft.methods.terms import Branch, BranchTerms, LinearTerms, Method, PrefixTerms, Trained
 from edgepeft.models.shape import ModelShape
 
-MethodConfig = LoraConfig | BottleneckConfig | CompacterConfig | Ia3Config | NormConfig | BiasConfig | PrefixConfig
+MethodConfig = (
+    LoraConfig | BottleneckConfig | CompacterConfig | Ia3Config | NormConfig | BiasConfig | PrefixConfig | FullConfig
+)
 
 METHODS: dict[str, Method] = {
     "lora": Lora(LoraConfig),
@@ -32,6 +35,7 @@ METHODS: dict[str, Method] = {
     "norm": Norm(NormConfig),
     "bias": Bias(BiasConfig),
     "prefix": Prefix(PrefixConfig),
+    "full": Full(FullConfig),
 }
 """Every method by its id."""
 
@@ -100,6 +104,7 @@ __all__ = [
     "METHODS",
     "Branch",
     "BranchTerms",
+    "FullConfig",
     "LinearTerms",
     "LoraConfig",
     "Method",

@@ -107,6 +107,8 @@ class Method:
 
     rate: ClassVar[float] = 1.0
     """Its usual learning rate over LoRA's."""
+    needs_dense_base: ClassVar[bool] = False
+    """Whether it replaces the base's matrices, so that these must not be quantized."""
 
     def __init__(self, config_type: type[msgspec.Struct]) -> None:
         self.config_type = config_type
@@ -176,3 +178,7 @@ class Method:
     def continued(self, config: Any) -> Any:
         """The config of an adapter that goes on from the file of one with this config."""
         return config
+
+    def trains_tables(self, config: Any) -> bool:
+        """Whether it trains the embedding and the output head, in place of the base's."""
+        return False

@@ -17,7 +17,7 @@ from edgepeft.engine.methods import detach, set_active
 from edgepeft.engine.methods.files import read_adapter
 from edgepeft.engine.model.frozen import DTYPES
 from edgepeft.engine.model.load import LoadedModel
-from edgepeft.engine.training.loss import head_of, summed_loss
+from edgepeft.engine.training.loss import Head, head_of, summed_loss
 from edgepeft.engine.training.own_head import OwnHead, find_own_head
 from edgepeft.errors import BadInput, DoesNotFit
 from edgepeft.units import format_bytes
@@ -56,8 +56,7 @@ class Session:
         """Folder → (what its files looked like when they were read, name inside the model)."""
         self._count = 0
         self.active: AdapterKey = ()
-        weight = loaded.head_weight
-        self._head = None if weight is None else head_of(loaded.model, weight)
+        self._head = self._head_in_force()
         self._own_head = self._find_own_head()
         if budget_bytes is not None and self.live_bytes + self.cache_token_bytes > budget_bytes:
             raise DoesNotFit(
@@ -114,6 +113,12 @@ class Session:
         return summed_loss(hidden, rows, targets, self._head, chunk_tokens)
 
     @torch.inference_mode()
+    def _head_in_force(self) -> Head | None:
+        """The head as the active adapters leave it, its matrix in the compute dtype."""
+        weight = self.loaded.head_in_force
+        return None if weight is None else head_of(self.loaded.model, weight.to(DTYPES[self.loaded.compute_dtype]))
+
+    @torch.inference_mode()
     def _find_own_head(self) -> OwnHead | None:
         """The model's own code from hidden states to logits; None where its head is what it is taken for.
 
@@ -141,6 +146,7 @@ class Session:
             scales[name] = scales.get(name, 0.0) + use.scale
         wanted = list(scales.items())
         set_active(self.loaded, wanted)
+        self._head = self._head_in_force()
         self.active = tuple(wanted)
         while len(self._adapters) > max(_KEPT_ADAPTERS, len(wanted)):
             _, (_, name) = self._adapters.popitem(last=False)

@@ -29,7 +29,7 @@ class Ia3Update:
         factors: [out, 1] for results, [1, in] for inputs, as PEFT has them.
     """
 
-    keeps_input = False
+    keeps_input = replaces_weight = False
 
     def __init__(self, factors: Tensor) -> None:
         self.factors = nn.Parameter(factors)

@@ -74,7 +74,7 @@ class LoraUpdate:
     `factor` is the trained scale s of this module; dropout acts on the update's input as in PEFT.
     """
 
-    rescales_output = rescales_input = False
+    rescales_output = rescales_input = replaces_weight = False
     keeps_input = True
 
     def __init__(self, A: nn.Parameter, B: nn.Parameter, factor: float, module: str, dropout: float = 0.0) -> None:

@@ -18,16 +18,23 @@ from edgepeft.methods.norm import NormConfig
 
 
 class NormUpdate:
-    """A trained copy of each parameter of one norm."""
+    """A trained copy of each parameter of one norm.
 
-    def __init__(self, own: Mapping[str, Tensor], device: torch.device) -> None:
+    Args:
+        own: of the norm, by name.
+        device: where the copies are.
+        prefix: of their names in a file.
+    """
+
+    def __init__(self, own: Mapping[str, Tensor], device: torch.device, prefix: str = "ln_tuning_layers.") -> None:
+        self._prefix = prefix
         self._trained = {
             name: nn.Parameter(value.detach().to(device, torch.float32, copy=True)) for name, value in own.items()
         }
 
     def named_tensors(self) -> dict[str, nn.Parameter]:
-        """By the names that PEFT's files have for them."""
-        return {f"ln_tuning_layers.{name}": value for name, value in self._trained.items()}
+        """By their names in a file; PEFT's have its own prefix."""
+        return {f"{self._prefix}{name}": value for name, value in self._trained.items()}
 
     def tensors(self) -> tuple[Tensor, ...]:
         """All of them."""

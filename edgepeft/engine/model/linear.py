@@ -37,6 +37,8 @@ class LinearUpdate(Protocol):
     """Whether it multiplies the input of the linear, and does nothing else."""
     keeps_input: bool
     """Whether its gradients need the linear's input."""
+    replaces_weight: bool
+    """Whether it puts a matrix of its own in the frozen one's place."""
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The trainable tensors, float32."""
@@ -53,6 +55,10 @@ class LinearUpdate(Protocol):
 
     def rescale_input(self, x: Tensor, scale: float) -> Tensor:
         """What the linear is given in place of x [..., in]; called outside of the function, recorded by autograd."""
+        ...
+
+    def replace(self, weight: FrozenWeight, bias: Tensor | None, scale: float) -> tuple[FrozenWeight, Tensor | None]:
+        """What is multiplied with and added in place of `weight` and `bias`; asked where `replaces_weight`."""
         ...
 
     def add_backward(self, x: Tensor | None, g: Tensor, grad_x: Tensor | None, scale: float, kept: Kept) -> Gradients:
@@ -112,7 +118,7 @@ def recomputing(again: bool) -> Iterator[None]:
 
 
 class AdaptedLinear(nn.Module):
-    """`x Wᵀ + bias` with a frozen W, plus the updates of the active adapters.
+    """`x Wᵀ + bias` with a frozen W, or what takes its place, plus the updates of the active adapters.
 
     Adapters live in a plain dict: their tensors are parameters of the adapter, not of the model, so the model stays
     frozen as a whole.
@@ -157,7 +163,12 @@ class AdaptedLinear(nn.Module):
     def part(self) -> _Part:
         """What computes its product now."""
         uses = [Use(self.adapters[name], scale) for name, scale in self.active]
-        return _Part(self.weight_source, self.bias, [use for use in uses if not use.update.rescales_input])
+        weight: FrozenWeight = self.weight_source
+        bias: Tensor | None = self.bias
+        for use in uses:
+            if use.update.replaces_weight:
+                weight, bias = use.update.replace(weight, bias, use.scale)
+        return _Part(weight, bias, [use for use in uses if not use.update.rescales_input])
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
@@ -287,7 +298,8 @@ def _frozen_product(x: Tensor, part: _Part, *, skip: bool) -> Tensor:
         return x.new_empty((*x.shape[:-1], part.weight.shape[0]))
     y = part.weight.matmul(x)
     if part.bias is not None:
-        y += part.bias
+        # One that was put in its place is float32.
+        y += part.bias.to(y.dtype)
     return y
 
 

@@ -27,6 +27,7 @@ from edgepeft.engine.model.fused import fuse
 from edgepeft.engine.model.linear import AdaptedLinear
 from edgepeft.engine.model.prefix import PrefixedDecoder, PrefixSite
 from edgepeft.engine.model.sites import AdaptedNorm, Branch, Site, find_branches, find_norms
+from edgepeft.engine.model.tables import AdaptedTable, find_tables
 from edgepeft.errors import BadInput
 from edgepeft.memory.breakdown import Category
 from edgepeft.models.quantized_copy import CopyUnusableError
@@ -74,12 +75,19 @@ class LoadedModel:
         attentions = {name: branch.module for name, branch in self._branches.items() if branch.kind == "attention"}
         self._prefixes = {name: PrefixSite(module, name) for name, module in attentions.items()}
         self._entry = PrefixedDecoder(self.decoder, self._prefixes, DTYPES[compute_dtype])
+        self._tables = find_tables(model)
 
     @property
     def head_weight(self) -> Tensor | None:
-        """[vocab, hidden], the embedding itself where they are tied; None where the head is no single matrix."""
+        """The base's, [vocab, hidden], the embedding itself where they are tied; None where it is no single matrix."""
         weight = getattr(self.model.get_output_embeddings(), "weight", None)
         return weight if isinstance(weight, Tensor) and weight.dim() == 2 else None
+
+    @property
+    def head_in_force(self) -> Tensor | None:
+        """The same, or what the active adapters put in its place, which is float32."""
+        head = self.model.get_output_embeddings()
+        return next((table.table() for table in self._tables.values() if table.module is head), self.head_weight)
 
     def linears(self) -> dict[str, AdaptedLinear]:
         """Every linear of the decoder layers by module path, in the model's order."""
@@ -102,10 +110,14 @@ class LoadedModel:
         """Places of the context that active adapters take before every sample."""
         return self._entry.tokens
 
+    def tables(self) -> dict[str, AdaptedTable]:
+        """The embedding and the output head by module path."""
+        return dict(self._tables)
+
     def sites(self) -> dict[str, Site]:
         """Everything that adapters can be put on, by its name: the path of a module, or one beside it."""
         prefixes = {site.name: site for site in self._prefixes.values()}
-        return {**self._linears, **self._branches, **self._norms, **prefixes}
+        return {**self._linears, **self._branches, **self._norms, **self._tables, **prefixes}
 
     def forget_unfinished(self) -> None:
         """Drops what a forward that was left in the middle, such as by a lack of memory, has computed ahead."""

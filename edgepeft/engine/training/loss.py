@@ -17,14 +17,14 @@ from torch.autograd.function import once_differentiable
 
 from edgepeft.engine.kernels import one_of, target_of
 from edgepeft.errors import BadInput
-from edgepeft.memory.chunks import LOSS_SCRATCH_BYTES, loss_rows
+from edgepeft.memory.chunks import LOSS_SCRATCH_BYTES, TABLE_ROWS, loss_rows
 
 
 class Head(NamedTuple):
     """The output head: logits = cap · tanh((hidden · weightᵀ + bias) · scale / cap)."""
 
     weight: Tensor
-    """[vocabulary, hidden]."""
+    """[vocabulary, hidden]; float32 where it is trained."""
     bias: Tensor | None = None
     """[vocabulary]."""
     scale: float = 1.0
@@ -68,6 +68,7 @@ def knows_head(hidden: Tensor, head: Head, logits: Tensor) -> bool:
     check_finite(logits)
     if hidden.shape[-1] != head.weight.shape[-1] or logits.shape[-1] != head.weight.shape[0]:
         return False
+    head = _in_dtype(head, hidden.dtype)
     return agrees(_bend(_logits(hidden, head).float(), head), logits, exact=hidden.dtype == torch.float32)
 
 
@@ -96,21 +97,30 @@ def summed_loss(hidden: Tensor, rows: Tensor, targets: Tensor, head: Head, chunk
     Divide by the number of trained tokens of the whole optimizer step, not of the micro-batch.
 
     Args:
-        hidden: [1, tokens, hidden], after the final norm, in the compute dtype; the only input that gets a gradient.
+        hidden: [1, tokens, hidden], after the final norm, in the compute dtype; gets a gradient.
         rows: int64 [trained], positions whose next token is trained, each at most once.
         targets: int64 [trained], that next token.
-        head: the frozen output head.
+        head: the output head; its matrix gets a gradient where it asks for one.
         chunk_tokens: rows whose logits exist at one time.
     """
     apply: Any = _SummedLoss.apply
-    loss: Tensor = apply(hidden, rows, targets, head, chunk_tokens, hidden.requires_grad and torch.is_grad_enabled())
+    loss: Tensor = apply(
+        hidden, head.weight, rows, targets, head, chunk_tokens, hidden.requires_grad and torch.is_grad_enabled()
+    )
     return loss
 
 
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, rows: Tensor, targets: Tensor, head: Head, chunk_tokens: int, with_gradient: bool
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        rows: Tensor,
+        targets: Tensor,
+        head: Head,
+        chunk_tokens: int,
+        with_gradient: bool,
     ) -> Tensor:
         count = rows.shape[0]
         width = hidden.shape[-1]
@@ -118,6 +128,9 @@ class _SummedLoss(torch.autograd.Function):
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         filled_rows = loss_rows(count, chunk_tokens)
         gradient = hidden.new_empty(filled_rows, width) if with_gradient else None
+        trained = with_gradient and ctx.needs_input_grad[1]
+        of_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if trained and count else None
+        head = _in_dtype(head, hidden.dtype)
         # One buffer serves every chunk: mapping fresh pages costs as much as a pass over them.
         buffer = hidden.new_empty(min(chunk_tokens, filled_rows), head.weight.shape[0]) if count else None
         for begin in one_of(range(0, count, chunk_tokens)):
@@ -132,10 +145,13 @@ class _SummedLoss(torch.autograd.Function):
             )
             if gradient is not None:
                 torch.mm(logits, head.weight, out=gradient[begin : begin + filled])
+            if of_weight is not None:
+                _add_product(of_weight, logits, picked)
             del picked, logits
         if gradient is not None:
             ctx.save_for_backward(rows, gradient)
         ctx.shape = hidden.shape
+        ctx.of_weight = of_weight
         return total
 
     @staticmethod
@@ -144,7 +160,25 @@ class _SummedLoss(torch.autograd.Function):
         rows, gradient = ctx.saved_tensors
         full = gradient.new_zeros(ctx.shape)
         full.view(-1, ctx.shape[-1]).index_copy_(0, rows, gradient[: rows.shape[0]] * grad_loss.to(gradient.dtype))
-        return full, None, None, None, None, None
+        # Given up here: autograd takes it as the gradient, or adds it to the one that is there.
+        of_weight, ctx.of_weight = ctx.of_weight, None
+        if of_weight is not None:
+            of_weight.mul_(grad_loss)
+        return full, of_weight, None, None, None, None, None
+
+
+def _in_dtype(head: Head, dtype: torch.dtype) -> Head:
+    return head._replace(weight=head.weight.detach().to(dtype))
+
+
+def _add_product(total: Tensor, logits: Tensor, picked: Tensor) -> None:
+    """`total += logitsᵀ picked`, float32 [vocabulary, hidden], for [rows, vocabulary] and [rows, hidden]."""
+    if logits.dtype == total.dtype:
+        total.addmm_(logits.t(), picked)
+        return
+    for begin in one_of(range(0, total.shape[0], TABLE_ROWS)):
+        block = slice(begin, begin + TABLE_ROWS)
+        total[block].add_(logits[:, block].t() @ picked)
 
 
 def _logits(picked: Tensor, head: Head, out: Tensor | None = None) -> Tensor:

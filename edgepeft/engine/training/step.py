@@ -19,7 +19,7 @@ from edgepeft.engine.training.attention import packed, use_packed_attention
 from edgepeft.engine.training.balance import balance_of
 from edgepeft.engine.training.batches import MicroBatch, Sample, build_micro_batch, plan_micro_batches
 from edgepeft.engine.training.checkpointing import set_checkpointing
-from edgepeft.engine.training.loss import head_of, summed_loss
+from edgepeft.engine.training.loss import Head, head_of, summed_loss
 from edgepeft.engine.training.memory import MemoryGauge, Size
 from edgepeft.engine.training.own_head import OwnHead, find_own_head, summed_cross_entropy
 from edgepeft.engine.training.recovery import first_line, is_out_of_memory, release_memory, smaller_layout
@@ -94,7 +94,7 @@ class StepRunner:
         Raises:
             BadInput: the model's logits are not finite.
         """
-        self._own_head = find_own_head(self._loaded, self._head)
+        self._own_head = find_own_head(self._loaded, self._head_in_force())
         return "" if self._own_head is None else self._own_head.warning
 
     def train(self, samples: Sequence[Sample], layout: Layout, step: int, *, watch_all: bool = False) -> StepSums:
@@ -237,8 +237,13 @@ class StepRunner:
             assert hidden is not None
             if own is not None:
                 return own.summed_loss(hidden, batch.rows, batch.targets, chunk_tokens), unbalanced
-            assert self._head is not None
-            return summed_loss(hidden, batch.rows, batch.targets, self._head, chunk_tokens), unbalanced
+            head = self._head_in_force()
+            assert head is not None
+            return summed_loss(hidden, batch.rows, batch.targets, head, chunk_tokens), unbalanced
+
+    def _head_in_force(self) -> Head | None:
+        weight = self._loaded.head_in_force
+        return None if weight is None or self._head is None else self._head._replace(weight=weight)
 
     def _dropout(self, step: int, batch: MicroBatch) -> AbstractContextManager[None]:
         return dropout_context(self._recipe.seed, step, batch.row_samples, batch.row_lengths)

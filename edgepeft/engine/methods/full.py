@@ -1,0 +1,162 @@
+"""The tensors of full fine-tuning; config and paper are in edgepeft.methods.full.
+
+Everything is float32 and begins as the base has it. A strength s uses what lies between: W + s (V - W).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from edgepeft.engine.methods import own_files
+from edgepeft.engine.methods.adapter import Parts, Update
+from edgepeft.engine.methods.norm import NormUpdate
+from edgepeft.engine.methods.own_files import settings_of
+from edgepeft.engine.model.frozen import DenseWeight, FrozenWeight, Workspace
+from edgepeft.engine.model.linear import AdaptedLinear, Use
+from edgepeft.engine.model.load import LoadedModel
+from edgepeft.engine.model.replaced import BetweenWeight
+from edgepeft.engine.model.tables import AdaptedTable
+from edgepeft.errors import UsageError
+from edgepeft.methods.full import FullConfig
+
+__all__ = ["build", "restore", "settings_of"]
+
+
+class LinearCopy:
+    """The matrix of one linear, and its bias where it has one.
+
+    Args:
+        linear: whose values it begins with.
+        workspace: products in another dtype go through it.
+    """
+
+    rescales_output = rescales_input = False
+    keeps_input = replaces_weight = True
+
+    def __init__(self, linear: AdaptedLinear, workspace: Workspace) -> None:
+        values = torch.empty(linear.weight_source.shape, dtype=torch.float32, device=workspace.device)
+        self.weight = nn.Parameter(linear.weight_source.materialize(values))
+        self.bias = None if linear.bias is None else nn.Parameter(_master(linear.bias))
+        self._workspace = workspace
+
+    def named_tensors(self) -> dict[str, nn.Parameter]:
+        """As the model names them."""
+        return {"weight": self.weight} | ({} if self.bias is None else {"bias": self.bias})
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The same."""
+        return (self.weight,) if self.bias is None else (self.weight, self.bias)
+
+    def replace(self, weight: FrozenWeight, bias: Tensor | None, scale: float) -> tuple[FrozenWeight, Tensor | None]:
+        """The copies, or what lies between."""
+        own = None if self.bias is None else self.bias.detach()
+        if scale == 1:
+            return DenseWeight(self.weight, self._workspace), own
+        mixed = None if own is None or bias is None else torch.lerp(bias.float(), own.float(), scale)
+        return BetweenWeight(weight, self.weight, scale, self._workspace), mixed
+
+    def add_forward(self, x: Tensor, y: Tensor, scale: float) -> tuple[Tensor, ...]:
+        """Nothing is added."""
+        return ()
+
+    def change_gradient(self, g: Tensor, scale: float) -> Tensor:
+        """g itself."""
+        return g
+
+    def rescale_input(self, x: Tensor, scale: float) -> Tensor:
+        """x itself."""
+        return x
+
+    def add_backward(
+        self, x: Tensor | None, g: Tensor, grad_x: Tensor | None, scale: float, kept: tuple[Tensor, ...]
+    ) -> tuple[Tensor | None, ...]:
+        """dW = s gᵀ x, formed in the compute dtype; db = s Σ g over the tokens."""
+        if x is None:
+            return (None,) * len(self.tensors())
+        weight = (g.t() @ x).to(torch.float32)
+        bias = () if self.bias is None else (g.sum(0, dtype=torch.float32),)
+        return tuple(value if scale == 1 else value.mul_(scale) for value in (weight, *bias))
+
+    def together(self, uses: Sequence[Use]) -> None:
+        """Nothing is shared."""
+
+
+class TableCopy:
+    """An embedding or an output head.
+
+    Args:
+        table: trained; one tensor where the model has one for both.
+        named: whether it is this site under whose name it goes into a file.
+    """
+
+    def __init__(self, table: nn.Parameter, *, named: bool = True) -> None:
+        self._table = table
+        self._named = named
+
+    def named_tensors(self) -> dict[str, nn.Parameter]:
+        """As the model names it."""
+        return {"weight": self._table} if self._named else {}
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The table."""
+        return (self._table,)
+
+    def table_of(self, own: Tensor, scale: float) -> Tensor:
+        """See `TableUpdate`."""
+        return self._table if scale == 1 else torch.lerp(own.float(), self._table.float(), scale)
+
+
+def build(loaded: LoadedModel, config: FullConfig, seed: int) -> Parts:
+    """See `EngineMethod`: copies of everything.
+
+    Raises:
+        UsageError: the base is quantized, or has parameters that are of no kind known here.
+    """
+    linears, norms, tables = loaded.linears(), loaded.norms(), loaded.tables()
+    if not all(isinstance(linear.weight_source, DenseWeight) for linear in linears.values()):
+        raise UsageError(
+            "a quantized base cannot be trained as a whole", where="--precision", hint="Use --precision bf16"
+        )
+    _check_complete(loaded)
+    updates: dict[str, Update] = {path: LinearCopy(linear, loaded.workspace) for path, linear in linears.items()}
+    updates |= {path: NormUpdate(norm.own(), loaded.device, prefix="") for path, norm in norms.items()}
+    trained: dict[int, nn.Parameter] = {}
+    for path, table in tables.items():
+        named = id(table.own) not in trained
+        if named:
+            trained[id(table.own)] = nn.Parameter(_master(table.own))
+        updates[path] = TableCopy(trained[id(table.own)], named=named)
+    return Parts(updates)
+
+
+def _check_complete(loaded: LoadedModel) -> None:
+    known: list[Tensor] = [linear.bias for linear in loaded.linears().values() if linear.bias is not None]
+    known += [value for norm in loaded.norms().values() for value in norm.own().values()]
+    known += [table.own for table in loaded.tables().values() if _is_plain(table)]
+    ours = {id(parameter) for parameter in known}
+    for name, parameter in loaded.model.named_parameters():
+        if id(parameter) not in ours:
+            kind = type(loaded.model).__name__
+            raise UsageError(
+                f"{kind} cannot be trained as a whole: {name} is of no kind that edgepeft trains",
+                where="--method",
+                hint="Use --method lora",
+            )
+
+
+def _is_plain(table: AdaptedTable) -> bool:
+    """Whether its module looks up rows, perhaps times a number, or multiplies with the table, and nothing else."""
+    kind = type(table.module)
+    plain = kind.forward in (nn.Embedding.forward, nn.Linear.forward)
+    return plain or (issubclass(kind, nn.Embedding) and hasattr(table.module, "embed_scale"))
+
+
+def _master(values: Tensor) -> Tensor:
+    return values.detach().to(torch.float32, copy=True)
+
+
+restore = partial[tuple[FullConfig, Parts]](own_files.restore_own, FullConfig, build)

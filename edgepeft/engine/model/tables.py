@@ -1,0 +1,124 @@
+"""The embedding and the output head as sites: tables [vocabulary, hidden] that adapters can replace.
+
+A model may have one table for both; what replaces it then replaces it twice. Without active updates the model's own
+code runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from edgepeft.engine.ledger import assign
+
+
+class TableUpdate(Protocol):
+    """What one adapter puts in place of a table."""
+
+    def table_of(self, own: Tensor, scale: float) -> Tensor:
+        """The table [vocabulary, hidden], float32, from the one before it; at a strength of 1 a trained tensor
+        itself."""
+        ...
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The trained tensor."""
+        ...
+
+
+class AdaptedTable:
+    """An embedding or an output head whose table the active updates replace.
+
+    Args:
+        module: its forward is replaced on the instance.
+        name: its path in the model.
+        reads_ids: whether it is an embedding.
+    """
+
+    def __init__(self, module: nn.Module, name: str, *, reads_ids: bool) -> None:
+        self.name = name
+        self.module = module
+        self.adapters: dict[str, TableUpdate] = {}
+        self.active: list[tuple[str, float]] = []
+        self._reads_ids = reads_ids
+        self._forward: Any = module.forward
+        module.__dict__["forward"] = self._run
+
+    @property
+    def own(self) -> Tensor:
+        """The base's table."""
+        table: Tensor = self.module.weight  # type: ignore[assignment]
+        return table
+
+    def activate(self, active: Sequence[tuple[str, float]]) -> None:
+        """See `Site`."""
+        self.active = list(active)
+
+    def table(self) -> Tensor:
+        """What is in force: the base's own, or a float32 one."""
+        table = self.own
+        for name, scale in self.active:
+            table = self.adapters[name].table_of(table, scale)
+        return table
+
+    def _run(self, x: Tensor) -> Tensor:
+        if not self.active:
+            out: Tensor = self._forward(x)
+            return out
+        table = self.table()
+        if not self._reads_ids:
+            return F.linear(x, table.to(x.dtype), getattr(self.module, "bias", None))
+        rows = _look_up(x, table, self.own.dtype)
+        # Some models of the Gemma family multiply what they look up.
+        factor: Tensor | None = getattr(self.module, "embed_scale", None)
+        return rows if factor is None else rows * torch.as_tensor(factor).to(rows.dtype)
+
+
+def _look_up(ids: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows [..., hidden] of a table in `dtype`."""
+    if not (torch.is_grad_enabled() and table.requires_grad and table.is_leaf):
+        return F.embedding(ids, table).to(dtype)
+    apply: Any = _Lookup.apply
+    # The graph must not lead to the table: autograd would keep the head's gradient of it until the last layer is done.
+    rows: Tensor = apply(ids, torch.empty(0, device=table.device, requires_grad=True), [table], dtype)
+    return rows
+
+
+class _Lookup(torch.autograd.Function):
+    """Rows of a trained table, float32, in another dtype.
+
+    Their gradient is added to what the table has already, row by row: a dense one of its own never exists.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, anchor: Tensor, table: list[Tensor], dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(ids)
+        (ctx.table,) = table
+        return F.embedding(ids, ctx.table).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        (ids,) = ctx.saved_tensors
+        table = ctx.table
+        if table.grad is None:
+            table.grad = torch.zeros_like(table)
+            assign([table.grad], "gradients")
+        table.grad.index_add_(0, ids.reshape(-1), g.reshape(-1, g.shape[-1]).float())
+        return None, None, None, None
+
+
+def find_tables(model: Any) -> dict[str, AdaptedTable]:
+    """The embedding and the output head by path, as far as they are single tables."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    found: dict[str, AdaptedTable] = {}
+    for path, module in model.named_modules():
+        if module is embedding and isinstance(module, nn.Embedding):
+            found[path] = AdaptedTable(module, path, reads_ids=True)
+        elif module is head and isinstance(module, nn.Linear):
+            found[path] = AdaptedTable(module, path, reads_ids=False)
+    return found
