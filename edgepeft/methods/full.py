@@ -8,6 +8,7 @@ switched off. Weights, gradients and AdamW's moments together take 16 bytes a pa
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import msgspec
@@ -15,6 +16,14 @@ import msgspec
 from edgepeft.errors import UsageError
 from edgepeft.methods.terms import FLOAT32, LinearTerms, Method, Trained
 from edgepeft.models.shape import LinearShape, ModelShape
+
+QUANTIZED: Mapping[str, int] = {"nf4": 4, "int8": 8}
+"""Precisions of a base that cannot be trained as a whole, and their bits."""
+
+
+def cannot_train(precision: str) -> str:
+    """Why a base in one of `QUANTIZED` is refused."""
+    return f"a {QUANTIZED[precision]}-bit base cannot be trained as a whole"
 
 
 class FullConfig(msgspec.Struct, frozen=True, tag="full", forbid_unknown_fields=True):

@@ -162,8 +162,10 @@ def describe(
     add("learning-rate", _rate_why(search))
     if "lora_plus_ratio" in pins:
         add("lora-plus-ratio", _TYPED)
-    add("optimizer", "float32 states: those of an adapter are small")
-    add("weight-decay", preset.weight_decay.description, "preset")
+    small = not METHODS[search.method_id].needs_dense_base
+    add("optimizer", "float32 states: those of an adapter are small" if small else "float32 states, the most exact")
+    low_rank = isinstance(config, LoraConfig)
+    add("weight-decay", preset.weight_decay.description if low_rank else "that of the preset", "preset")
     add("schedule", preset.schedule.description, "preset")
     add("warmup", preset.warmup_fraction.description, "preset")
     if recipe.unfreeze is not None:
@@ -261,6 +263,8 @@ def _precision_why(search: Search, chosen: Candidate) -> str:
     place = search.precisions.index(chosen.precision)
     if place == 0:
         reason = "the only form of this base" if len(search.precisions) == 1 else "the most exact base fits"
+        if METHODS[search.method_id].needs_dense_base:
+            reason = "what is trained as a whole cannot be quantized"
         return f"{words}; {reason}"
     better = search.precisions[place - 1]
     peak = search.cost(search.leanest(chosen.max_seq_len, better, search.ranks[-1])).peak_bytes

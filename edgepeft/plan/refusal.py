@@ -10,6 +10,7 @@ import msgspec
 
 from edgepeft.errors import DoesNotFit, EdgepeftError, UsageError
 from edgepeft.memory.calibration import base_bytes_of
+from edgepeft.methods import METHODS
 from edgepeft.plan.request import Candidate, PlanRequest
 from edgepeft.spec import Checkpointing, Precision
 from edgepeft.units import format_bytes, format_count
@@ -186,7 +187,8 @@ def _options(request: PlanRequest, search: Search) -> list[Way]:
 
 def _by_hand(request: PlanRequest, search: Search) -> list[Way]:
     """Smaller values than the preset goes to, where they are enough."""
-    free = [name for name in _SMALLEST if name not in search.pins]
+    dense = METHODS[search.method_id].needs_dense_base
+    free = [name for name in _SMALLEST if name not in search.pins and not (dense and name == "precision")]
     for names in ([name] for name in free):
         way = _way_by_hand(request, names)
         if way is not None:

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from edgepeft.memory.full import full_finetuning_bytes
-from edgepeft.methods import method_of
+from edgepeft.errors import UsageError
+from edgepeft.methods import FullConfig, method_of
+from edgepeft.plan.prediction import predict
 from edgepeft.plan.request import Candidate
 from edgepeft.plan.speed import RunTime
 from edgepeft.plan.train_plan import Alternative
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 MOST = 6
 """Alternatives that are shown."""
+FULL = "full"
 FULL_SHARE = 0.7
 """Part of the budget up to which full fine-tuning fits easily."""
 MODES: dict[Checkpointing, str] = {
@@ -81,7 +83,9 @@ def runner_ups(search: Search, chosen: Candidate, spec: RunSpec, time: RunTime |
         collected.add(f"micro-batch-tokens {sizes[-1]:,}", larger_batch, "fits, but is no faster")
     elif sizes[0] < sizes[-1]:
         smallest = msgspec.structs.replace(chosen, micro_batch_tokens=sizes[0])
-        collected.add(f"micro-batch-tokens {sizes[0]:,}", smallest, "less memory, a less busy device")
+        # Where gradients are large, a step that adds them up needs more than one that makes them at once.
+        if search.count(smallest).memory.peak_bytes < search.count(chosen).memory.peak_bytes:
+            collected.add(f"micro-batch-tokens {sizes[0]:,}", smallest, "less memory, a less busy device")
     del collected.found[MOST - 1 :]
     collected.add_full()
     return tuple(collected.found)
@@ -116,12 +120,23 @@ class _Collected:
 
     def add_full(self) -> None:
         """Adds the training of every weight, where that would take no more than a part of the budget."""
-        search, budget = self._search, self._search.request.budget_bytes
-        workload = search.count(self._chosen).workload
-        peak = full_finetuning_bytes(search.shape, search.compute_dtype, workload, search.request.device.target)
-        if peak <= FULL_SHARE * budget:
-            why = "would fit easily and change every weight; edgepeft does not offer it yet"
-            self.found.append(Alternative("full fine-tuning", peak, True, why))
+        search = self._search
+        if search.method_id == FULL or search.request.entry.stored_as in ("bnb-4bit", "bnb-8bit"):
+            return
+        spec = search.spec(self._chosen)
+        recipe = msgspec.structs.replace(spec.recipe, method=FullConfig(), precision=search.compute_dtype)
+        layout = msgspec.structs.replace(spec.layout, checkpointing="layer")
+        spec = msgspec.structs.replace(spec, recipe=recipe, layout=layout, upkeep=self._upkeep)
+        lengths = search.request.lengths
+        workloads = (search.count(self._chosen).workload,) if lengths is None else lengths.exact(spec)
+        try:
+            peak = predict(spec, search.shape, workloads, search.request.device.target, None).memory.peak_bytes
+        except UsageError:
+            # Such as a mixture of experts.
+            return
+        if peak <= FULL_SHARE * search.request.budget_bytes:
+            why = f"would fit easily and change every weight: --method {FULL}"
+            self.found.append(Alternative("full fine-tuning", peak, True, why, self._seconds(spec)))
 
     def add(self, what: str, candidate: Candidate, brings: str) -> None:
         """Adds a candidate with what it needs; `brings` is told where it would fit."""
@@ -139,9 +154,9 @@ class _Collected:
             why = "too near to the budget to be sure"
         else:
             why = brings
-        seconds = None
-        if self._timed:
-            spec = msgspec.structs.replace(search.spec(candidate), upkeep=self._upkeep)
-            time = search.time(spec)
-            seconds = time.seconds if time is not None else None
-        self.found.append(Alternative(what, peak, over <= 0, why, seconds))
+        spec = msgspec.structs.replace(search.spec(candidate), upkeep=self._upkeep)
+        self.found.append(Alternative(what, peak, over <= 0, why, self._seconds(spec)))
+
+    def _seconds(self, spec: RunSpec) -> float | None:
+        time = self._search.time(spec) if self._timed else None
+        return time.seconds if time is not None else None

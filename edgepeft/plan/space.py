@@ -8,6 +8,7 @@ from typing import cast
 
 from edgepeft.errors import UsageError
 from edgepeft.methods import METHODS, MethodConfig, count_parameters, id_of, make_config
+from edgepeft.methods.full import QUANTIZED, cannot_train
 from edgepeft.plan.pins import Pins, check_pins
 from edgepeft.plan.request import Candidate, PlanRequest
 from edgepeft.spec import (
@@ -42,9 +43,9 @@ class Space:
         self.pins: Pins = check_pins(dict(request.overrides))
         self.shape = request.entry.shape
         self.compute_dtype: ComputeDtype = self.pins.get("compute_dtype", request.device.compute_dtype)
-        self.precisions = self._possible_precisions()
         parent = request.parent
         self.method_id: str = self.pins.get("method", "lora") if parent is None else id_of(parent.method)
+        self.precisions = self._possible_precisions()
         self.ranks = self._possible_ranks()
         # 0 alone for a method whose size memory does not decide.
         self.samples_per_step = self._samples_per_step()
@@ -55,8 +56,12 @@ class Space:
 
     def _possible_precisions(self) -> tuple[Precision, ...]:
         stored = self.request.entry.stored_as
+        dense_alone = METHODS[self.method_id].needs_dense_base
         if stored in ("bnb-4bit", "bnb-8bit"):
             only: Precision = "nf4" if stored == "bnb-4bit" else "int8"
+            if dense_alone:
+                hint = "Add the original model, or use another --method"
+                raise UsageError(f"this base is stored quantized; {cannot_train(only)}", where="--method", hint=hint)
             if self.pins.get("precision", only) != only:
                 raise UsageError(
                     f"this base is stored quantized ({stored}); it can only be used as {only}",
@@ -65,7 +70,10 @@ class Space:
                 )
             return (only,)
         if "precision" in self.pins:
-            return (self.pins["precision"],)
+            pinned: Precision = self.pins["precision"]
+            if dense_alone and pinned in QUANTIZED:
+                raise UsageError(cannot_train(pinned), where="--precision", hint="Use --precision bf16")
+            return (pinned,)
         dense: dict[ComputeDtype, tuple[Precision, ...]] = {
             # Held in the dtype of the products, a matrix needs no conversion at each of them.
             "fp32": ("fp32", "bf16"),
@@ -73,7 +81,8 @@ class Space:
             "fp16": ("fp16",),
         }
         found: list[Precision] = []
-        for name in self.request.preset.precisions.value:
+        wanted = ("bf16",) if dense_alone else self.request.preset.precisions.value
+        for name in wanted:
             found += dense[self.compute_dtype] if name in ("bf16", "fp16") else (cast(Precision, name),)
         return tuple(dict.fromkeys(found))
 

@@ -15,7 +15,7 @@ import numpy as np
 
 from edgepeft.data.schedule import step_samples, steps_per_epoch
 from edgepeft.memory.calibration import Observation, observations
-from edgepeft.methods import count_parameters
+from edgepeft.methods import count_parameters, method_of
 from edgepeft.models.quantized_copy import usable_copy_bytes
 from edgepeft.models.shape import ModelShape
 from edgepeft.plan.unfreezing import training_share
@@ -171,7 +171,12 @@ def _operations(
 ) -> float:
     """Operations of samples that run `times` times each through every layer, and back through `learning` of them."""
     weights = shape.layers * shape.linear_parameters_per_layer
-    adapter = count_parameters(spec.recipe.method, shape)
+    method = method_of(spec.recipe.method)
+    # A copy in place of the base's weights is no further product; its gradients are.
+    replaces = method.needs_dense_base
+    adapter = 0 if replaces else count_parameters(spec.recipe.method, shape)
+    learned = weights if replaces else adapter
+    trains_head = method.trains_tables(spec.recipe.method)
     all_tokens = float((tokens * times).sum())
     # Of causal scores one half is needed: two products of length² / 2 entries for each head's width.
     squares = float((tokens.astype(np.float64) ** 2 * times).sum())
@@ -182,7 +187,7 @@ def _operations(
         return layers + head
     # Backward and recomputation; the adapter's own gradients, and the second half of the attention's backward.
     again = layers if spec.layout.checkpointing == "none" else 2.0 * layers
-    return layers + learning * (again + 2.0 * adapter * all_tokens + attention) + 2.0 * head
+    return layers + learning * (again + 2.0 * learned * all_tokens + attention) + (3.0 if trains_head else 2.0) * head
 
 
 def find_rate(device: PlanDevice, spec: RunSpec, shape: ModelShape) -> Rate | None:

@@ -349,8 +349,22 @@ def test_full_fine_tuning_is_named_where_it_fits_easily():
     assert "full fine-tuning" in names(20 * GIB)
     assert "full fine-tuning" not in names(2 * GIB)
     (full,) = (other for other in make_plan(request(20 * GIB, lengths=LENGTHS)).alternatives if "full" in other.what)
-    assert "does not offer it yet" in full.why
+    assert full.why.endswith("--method full")
     assert full.peak_bytes > 16 * SMOLLM2.parameters
+    plan = make_plan(request(20 * GIB, lengths=LENGTHS))
+    layout = plan.spec.layout
+    typed = make_plan(
+        request(
+            20 * GIB,
+            lengths=LENGTHS,
+            method="full",
+            checkpointing="layer",
+            micro_batch_tokens=layout.micro_batch_tokens,
+            loss_chunk_tokens=layout.loss_chunk_tokens,
+        )
+    )
+    assert typed.memory.peak_bytes == full.peak_bytes
+    assert not any("full" in other.what for other in typed.alternatives)
 
 
 def test_a_prediction_that_may_be_off_leaves_room_unless_nothing_else_fits():

@@ -5,8 +5,9 @@ Everything is float32 and begins as the base has it. A strength s uses what lies
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +16,17 @@ from edgepeft.engine.methods import own_files
 from edgepeft.engine.methods.adapter import Parts, Update
 from edgepeft.engine.methods.norm import NormUpdate
 from edgepeft.engine.methods.own_files import settings_of
-from edgepeft.engine.model.frozen import DenseWeight, FrozenWeight, Workspace
+from edgepeft.engine.model.frozen import DenseWeight, FrozenWeight, Int8Weight, Nf4Weight, Workspace
 from edgepeft.engine.model.linear import AdaptedLinear, Use
 from edgepeft.engine.model.load import LoadedModel
 from edgepeft.engine.model.replaced import BetweenWeight
 from edgepeft.engine.model.tables import AdaptedTable
-from edgepeft.errors import UsageError
-from edgepeft.methods.full import FullConfig
+from edgepeft.errors import BadInput, UsageError
+from edgepeft.methods.full import FullConfig, cannot_train
 
 __all__ = ["build", "restore", "settings_of"]
+
+_PRECISIONS: Mapping[type, str] = {Nf4Weight: "nf4", Int8Weight: "int8"}
 
 
 class LinearCopy:
@@ -117,10 +120,7 @@ def build(loaded: LoadedModel, config: FullConfig, seed: int) -> Parts:
         UsageError: the base is quantized, or has parameters that are of no kind known here.
     """
     linears, norms, tables = loaded.linears(), loaded.norms(), loaded.tables()
-    if not all(isinstance(linear.weight_source, DenseWeight) for linear in linears.values()):
-        raise UsageError(
-            "a quantized base cannot be trained as a whole", where="--precision", hint="Use --precision bf16"
-        )
+    _check_dense(loaded)
     _check_complete(loaded)
     updates: dict[str, Update] = {path: LinearCopy(linear, loaded.workspace) for path, linear in linears.items()}
     updates |= {path: NormUpdate(norm.own(), loaded.device, prefix="") for path, norm in norms.items()}
@@ -131,6 +131,24 @@ def build(loaded: LoadedModel, config: FullConfig, seed: int) -> Parts:
             trained[id(table.own)] = nn.Parameter(_master(table.own))
         updates[path] = TableCopy(trained[id(table.own)], named=named)
     return Parts(updates)
+
+
+def restore(
+    loaded: LoadedModel, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
+) -> tuple[FullConfig, Parts]:
+    """See `EngineMethod`."""
+    try:
+        _check_dense(loaded)
+    except UsageError as error:
+        raise BadInput(error.what, where=str(folder), hint=error.hint) from error
+    return own_files.restore_own(FullConfig, build, loaded, settings, tensors, folder)
+
+
+def _check_dense(loaded: LoadedModel) -> None:
+    for linear in loaded.linears().values():
+        precision = _PRECISIONS.get(type(linear.weight_source))
+        if precision is not None:
+            raise UsageError(cannot_train(precision), where="--precision", hint="Use --precision bf16")
 
 
 def _check_complete(loaded: LoadedModel) -> None:
@@ -157,6 +175,3 @@ def _is_plain(table: AdaptedTable) -> bool:
 
 def _master(values: Tensor) -> Tensor:
     return values.detach().to(torch.float32, copy=True)
-
-
-restore = partial[tuple[FullConfig, Parts]](own_files.restore_own, FullConfig, build)

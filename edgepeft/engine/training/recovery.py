@@ -9,6 +9,7 @@ import msgspec
 import torch
 
 from edgepeft.data.packing import pack
+from edgepeft.methods import method_of
 from edgepeft.spec import Layout, Recipe
 
 _SMALLEST_CHUNK = 16
@@ -71,6 +72,8 @@ def largest_group(lengths: Sequence[int], micro_batch_tokens: int) -> tuple[int,
 def what_would_help(tokens: int, recipe: Recipe) -> str:
     """What to change where not even one sample of `tokens` fits in the smallest layout."""
     base = "" if recipe.precision == "nf4" else ", or a base in nf4 with --precision nf4"
+    if method_of(recipe.method).needs_dense_base:
+        base = ", or an adapter alone with --method lora"
     rank = getattr(recipe.method, "rank", 0)
     smaller = f", with a rank smaller than {rank}" if rank > 1 else ""
     return f"Resume when more memory is free, or train with --max-seq-len {max(1, tokens // 2)}{smaller}{base}"
