@@ -13,7 +13,7 @@ from edgepeft.engine.methods.files import read_adapter
 from edgepeft.engine.model.load import load_model
 from edgepeft.library.parent import find_parent
 from edgepeft.library.store import check_base, resolve_adapter
-from edgepeft.methods import LoraConfig, count_parameters, method_of
+from edgepeft.methods import METHODS, FullConfig, LoraConfig, count_parameters, id_of, method_of
 from edgepeft.methods.bias import BiasConfig
 from edgepeft.methods.bottleneck import BottleneckConfig
 from edgepeft.methods.compacter import CompacterConfig
@@ -38,6 +38,7 @@ CONFIGS: dict[str, Any] = {
     "bias": BiasConfig(),
     "prefix": PrefixConfig(8),
     "reparameterised prefix": PrefixConfig(8, reparameterised=True, width=32),
+    "full": FullConfig(),
 }
 
 
@@ -48,7 +49,8 @@ def base(tmp_path: Path) -> ModelEntry:
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS.keys())
 def test_a_run_learns_resumes_to_the_bit_and_publishes(tmp_path: Path, base: ModelEntry, config: Any) -> None:
-    options = {"method": config, "checkpoint_steps": 2, "optimizer": Optimizer(learning_rate=2e-2), "max_steps": 8}
+    rate = 2e-2 * METHODS[id_of(config)].rate
+    options = {"method": config, "checkpoint_steps": 2, "optimizer": Optimizer(learning_rate=rate), "max_steps": 8}
     whole, parts = tiny_run(tmp_path, base, "whole", **options), tiny_run(tmp_path, base, "parts", **options)
     steps = of_type(train(whole), StepDone)
     assert steps[-1].loss < steps[0].loss - 0.02

@@ -21,6 +21,7 @@ from edgepeft.errors import EdgepeftError
 from edgepeft.library.card import Card, TemplateRecord
 from edgepeft.library.store import WEIGHTS_FILE, list_adapters, next_version, publish, read_card, write_card
 from edgepeft.memory.calibration import observe, observed
+from edgepeft.methods import method_of
 from edgepeft.models.store import ModelEntry
 from edgepeft.plan.train_plan import TrainPlan
 from edgepeft.runs.events import EndedBy, Finished, Warned
@@ -139,6 +140,8 @@ def _make_card(training: Training, step: int, eval_loss: float | None, energy: M
     plan, position, entry = training.plan, training.position, training.loaded.entry
     recipe = plan.spec.recipe
     trainable = sum(parameter.numel() for parameter in training.adapter.named_parameters().values())
+    # What takes the base's place is none beside it.
+    added = 0 if method_of(recipe.method).needs_dense_base else trainable
     metrics = {
         "train_loss": _train_loss(training),
         "eval_loss": eval_loss,
@@ -163,7 +166,7 @@ def _make_card(training: Training, step: int, eval_loss: float | None, energy: M
         layout=position.layout,
         parameters=tuple(training.adapter.changed()),
         trainable_parameters=trainable,
-        trainable_share=trainable / (entry.shape.parameters + trainable),
+        trainable_share=trainable / (entry.shape.parameters + added),
         versions=package_versions(),
         template=_template(recipe.data, entry),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
