@@ -6,7 +6,7 @@ are used; it also adds d where a linear has no bias, and such files are read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +16,20 @@ from torch import Tensor, nn
 from edgepeft.engine.methods.adapter import AttachedAdapter, Parts
 from edgepeft.engine.methods.own_files import load_values
 from edgepeft.engine.methods.targets import adaptable, resolve_targets
-from edgepeft.engine.model.linear import Use
+from edgepeft.engine.model.linear import LinearUpdate
 from edgepeft.engine.model.load import LoadedModel
 from edgepeft.errors import BadInput, UsageError
 from edgepeft.library.store import CONFIG_FILE
 from edgepeft.methods.bias import BiasConfig, no_bias
 
 
-class BiasUpdate:
+class BiasUpdate(LinearUpdate):
     """What is added to the bias of one linear.
 
     Args:
         rows: of its weight.
         device: of the model.
     """
-
-    rescales_output = rescales_input = keeps_input = False
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.offset = nn.Parameter(torch.zeros(1, rows, device=device))
@@ -49,22 +47,11 @@ class BiasUpdate:
         y.add_(self.offset.to(y.dtype), alpha=scale)
         return ()
 
-    def change_gradient(self, g: Tensor, scale: float) -> Tensor:
-        """g: what is added changes nothing of what it is added to."""
-        return g
-
-    def rescale_input(self, x: Tensor, scale: float) -> Tensor:
-        """x."""
-        return x
-
     def add_backward(
         self, x: Tensor | None, g: Tensor, grad_x: Tensor | None, scale: float, kept: tuple[Tensor, ...]
     ) -> tuple[Tensor | None, ...]:
         """dd = s Σ g over the tokens."""
         return (g.sum(0, keepdim=True).to(self.offset.dtype).mul_(scale),)
-
-    def together(self, uses: Sequence[Use]) -> None:
-        """Nothing is shared."""
 
 
 def build(loaded: LoadedModel, config: BiasConfig, seed: int) -> Parts:

@@ -11,7 +11,6 @@ A strength t lies between base and trained adapter in both respects: lengths `|W
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from edgepeft.engine.kernels import one_of
 from edgepeft.engine.methods.dropout import current_samples
 from edgepeft.engine.model.frozen import FrozenWeight
-from edgepeft.engine.model.linear import AdaptedLinear, Use
+from edgepeft.engine.model.linear import AdaptedLinear, LinearUpdate
 from edgepeft.memory.chunks import CPU_CHUNK
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ _LEAST_SQUARE = 1e-30
 """A row of zeros has no direction; its length is taken for a little more than nothing."""
 
 
-class DoraUpdate:
+class DoraUpdate(LinearUpdate):
     """LoRA and the length of each row, for one linear.
 
     Args:
@@ -40,7 +39,6 @@ class DoraUpdate:
         magnitude: the trained lengths m, float32 [out]; None starts with those of the weight.
     """
 
-    rescales_input = False
     keeps_input = True
 
     def __init__(
@@ -96,10 +94,6 @@ class DoraUpdate:
         """g m / n."""
         return torch.addcmul(g, g, self._excess(scale, g.dtype).to(g.dtype))
 
-    def rescale_input(self, x: Tensor, scale: float) -> Tensor:
-        """x."""
-        return x
-
     def add_backward(
         self, x: Tensor | None, g: Tensor, grad_x: Tensor | None, scale: float, kept: tuple[Tensor, ...]
     ) -> tuple[Tensor | None, ...]:
@@ -125,9 +119,6 @@ class DoraUpdate:
         seen = x if mask is None else x * mask
         grad_B = (g.t() @ inner).to(self.B.dtype).mul_((excess + 1).mul_(factor).unsqueeze(1))
         return (g_inner.t() @ seen).to(self.A.dtype), grad_B, grad_m
-
-    def together(self, uses: Sequence[Use]) -> None:
-        """Nothing is shared."""
 
     @property
     def _drops(self) -> bool:

@@ -5,7 +5,7 @@ Everything is float32 and begins as the base has it. A strength s uses what lies
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from edgepeft.engine.methods.adapter import Parts, Update
 from edgepeft.engine.methods.norm import NormUpdate
 from edgepeft.engine.methods.own_files import settings_of
 from edgepeft.engine.model.frozen import DenseWeight, FrozenWeight, Int8Weight, Nf4Weight, Workspace
-from edgepeft.engine.model.linear import AdaptedLinear, Use
+from edgepeft.engine.model.linear import AdaptedLinear, LinearUpdate
 from edgepeft.engine.model.load import LoadedModel
 from edgepeft.engine.model.replaced import BetweenWeight
 from edgepeft.engine.model.tables import AdaptedTable
@@ -29,7 +29,7 @@ __all__ = ["build", "restore", "settings_of"]
 _PRECISIONS: Mapping[type, str] = {Nf4Weight: "nf4", Int8Weight: "int8"}
 
 
-class LinearCopy:
+class LinearCopy(LinearUpdate):
     """The matrix of one linear, and its bias where it has one.
 
     Args:
@@ -37,7 +37,6 @@ class LinearCopy:
         workspace: products in another dtype go through it.
     """
 
-    rescales_output = rescales_input = False
     keeps_input = replaces_weight = True
 
     def __init__(self, linear: AdaptedLinear, workspace: Workspace) -> None:
@@ -66,14 +65,6 @@ class LinearCopy:
         """Nothing is added."""
         return ()
 
-    def change_gradient(self, g: Tensor, scale: float) -> Tensor:
-        """g itself."""
-        return g
-
-    def rescale_input(self, x: Tensor, scale: float) -> Tensor:
-        """x itself."""
-        return x
-
     def add_backward(
         self, x: Tensor | None, g: Tensor, grad_x: Tensor | None, scale: float, kept: tuple[Tensor, ...]
     ) -> tuple[Tensor | None, ...]:
@@ -83,9 +74,6 @@ class LinearCopy:
         weight = (g.t() @ x).to(torch.float32)
         bias = () if self.bias is None else (g.sum(0, dtype=torch.float32),)
         return tuple(value if scale == 1 else value.mul_(scale) for value in (weight, *bias))
-
-    def together(self, uses: Sequence[Use]) -> None:
-        """Nothing is shared."""
 
 
 class TableCopy:

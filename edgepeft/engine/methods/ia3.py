@@ -5,7 +5,7 @@ Factors are float32; what they multiply stays in the compute dtype. A strength s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,26 +15,28 @@ from torch import Tensor, nn
 from edgepeft.engine.methods.adapter import AttachedAdapter, Parts
 from edgepeft.engine.methods.own_files import load_values
 from edgepeft.engine.methods.targets import adaptable, resolve_targets
-from edgepeft.engine.model.linear import Use
+from edgepeft.engine.model.linear import LinearUpdate
 from edgepeft.engine.model.load import LoadedModel
 from edgepeft.errors import BadInput, UsageError
 from edgepeft.library.store import CONFIG_FILE
 from edgepeft.methods.ia3 import Ia3Config
 
 
-class Ia3Update:
+class Ia3Update(LinearUpdate):
     """The factors of one linear: of its result, or of its input.
 
     Args:
         factors: [out, 1] for results, [1, in] for inputs, as PEFT has them.
     """
 
-    keeps_input = replaces_weight = False
-
     def __init__(self, factors: Tensor) -> None:
         self.factors = nn.Parameter(factors)
         self.rescales_input = factors.shape[0] == 1
-        self.rescales_output = not self.rescales_input
+
+    @property
+    def rescales_output(self) -> bool:
+        """Where the factors are those of the result."""
+        return not self.rescales_input
 
     def named_tensors(self) -> dict[str, nn.Parameter]:
         """The factors, as PEFT's files name them."""
@@ -66,9 +68,6 @@ class Ia3Update:
         call: Any = _ScaledInput.apply
         out: Tensor = call(x, self, scale, self.factors)
         return out
-
-    def together(self, uses: Sequence[Use]) -> None:
-        """Nothing is shared."""
 
     def _row(self, scale: float, dtype: torch.dtype) -> Tensor:
         """[entries] in the compute dtype."""

@@ -20,7 +20,7 @@ from edgepeft.engine.methods.dropout import PackedSamples, current_samples
 from edgepeft.engine.methods.lora_files import read_modules, settings_of
 from edgepeft.engine.methods.seeds import generator_of
 from edgepeft.engine.methods.targets import adaptable, resolve_targets
-from edgepeft.engine.model.linear import AdaptedLinear, Use
+from edgepeft.engine.model.linear import AdaptedLinear, LinearUpdate, Use
 from edgepeft.engine.model.load import LoadedModel
 from edgepeft.methods.lora import LoraConfig
 
@@ -68,13 +68,12 @@ def _squares(linear: AdaptedLinear, loaded: LoadedModel) -> Tensor:
     return squared_lengths(linear.weight_source, loaded.workspace.dtype)
 
 
-class LoraUpdate:
+class LoraUpdate(LinearUpdate):
     """A and B of one linear layer (Hu et al. 2021, arXiv 2106.09685).
 
     `factor` is the trained scale s of this module; dropout acts on the update's input as in PEFT.
     """
 
-    rescales_output = rescales_input = replaces_weight = False
     keeps_input = True
 
     def __init__(self, A: nn.Parameter, B: nn.Parameter, factor: float, module: str, dropout: float = 0.0) -> None:
@@ -116,14 +115,6 @@ class LoraUpdate:
         inner = x @ self.A.to(x.dtype).t()
         y.addmm_(inner, self.B.to(x.dtype).t(), alpha=self.factor * scale)
         return (inner,)
-
-    def change_gradient(self, g: Tensor, scale: float) -> Tensor:
-        """g: what is added changes nothing of what it is added to."""
-        return g
-
-    def rescale_input(self, x: Tensor, scale: float) -> Tensor:
-        """x."""
-        return x
 
     def add_backward(
         self, x: Tensor | None, g: Tensor, grad_x: Tensor | None, scale: float, kept: tuple[Tensor, ...]

@@ -21,45 +21,45 @@ Kept = tuple[Tensor, ...]
 Gradients = tuple[Tensor | None, ...]
 
 
-class LinearUpdate(Protocol):
-    """What one adapter adds to the product of one linear layer; every PEFT method for linears implements it.
+class LinearUpdate:
+    """What one adapter adds to the product of one linear layer; every PEFT method for linears derives from it.
 
     `scale` is the strength of use: 1 is as trained. Calls come from inside an autograd function, so nothing in them is
-    recorded by autograd.
+    recorded by autograd. By itself an update adds nothing and changes nothing of what it is added to.
     """
+
+    rescales_input = False
+    """Whether it multiplies the input of the linear, and does nothing else."""
+    keeps_input = False
+    """Whether its gradients need the linear's input."""
+    replaces_weight = False
+    """Whether it puts a matrix of its own in the frozen one's place."""
 
     @property
     def rescales_output(self) -> bool:
         """Whether it multiplies what is in y already; what came before it then sees another gradient."""
-        ...
-
-    rescales_input: bool
-    """Whether it multiplies the input of the linear, and does nothing else."""
-    keeps_input: bool
-    """Whether its gradients need the linear's input."""
-    replaces_weight: bool
-    """Whether it puts a matrix of its own in the frozen one's place."""
+        return False
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The trainable tensors, float32."""
-        ...
+        raise NotImplementedError
 
     def add_forward(self, x: Tensor, y: Tensor, scale: float) -> Kept:
         """Adds the update for x [tokens, in] to y [tokens, out] in place; returns what to keep for backward."""
-        ...
+        return ()
 
     def change_gradient(self, g: Tensor, scale: float) -> Tensor:
         """The gradient of what was in y before, for g [tokens, out] of what is in it after; a new tensor where it
         differs."""
-        ...
+        return g
 
     def rescale_input(self, x: Tensor, scale: float) -> Tensor:
         """What the linear is given in place of x [..., in]; called outside of the function, recorded by autograd."""
-        ...
+        return x
 
     def replace(self, weight: FrozenWeight, bias: Tensor | None, scale: float) -> tuple[FrozenWeight, Tensor | None]:
         """What is multiplied with and added in place of `weight` and `bias`; asked where `replaces_weight`."""
-        ...
+        return weight, bias
 
     def add_backward(self, x: Tensor | None, g: Tensor, grad_x: Tensor | None, scale: float, kept: Kept) -> Gradients:
         """Adds the update's part to `grad_x` [tokens, in] in place, where there is one.
@@ -67,12 +67,12 @@ class LinearUpdate(Protocol):
         Returns the gradients of `tensors()`, in their order, for g [tokens, out]. x is None where no tensor is
         trained, and where no update keeps it.
         """
-        ...
+        raise NotImplementedError
 
     def together(self, uses: Sequence[Use]) -> SharedUpdate | None:
         """One update that does the work of several, each of another linear with the same input; this one is the first
         of them. None where they have nothing to share."""
-        ...
+        return None
 
 
 class SharedUpdate(Protocol):
