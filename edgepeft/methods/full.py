@@ -23,7 +23,7 @@ QUANTIZED: Mapping[str, int] = {"nf4": 4, "int8": 8}
 
 def cannot_train(precision: str) -> str:
     """Why a base in one of `QUANTIZED` is refused."""
-    return f"a {QUANTIZED[precision]}-bit base cannot be trained as a whole"
+    return f"{'an' if precision == 'int8' else 'a'} {QUANTIZED[precision]}-bit base cannot be trained as a whole"
 
 
 class FullConfig(msgspec.Struct, frozen=True, tag="full", forbid_unknown_fields=True):

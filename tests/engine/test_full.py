@@ -112,9 +112,8 @@ def plain_gradients(folder: Path, values: dict[str, Tensor], samples: list[Sampl
         total = total + F.cross_entropy(logits[sample.rows], torch.tensor(sample.targets), reduction="sum")
     loss = total / sum(len(sample.rows) for sample in samples)
     loss.backward()
-    return float(loss.detach()), {
-        name: value.grad for name, value in model.named_parameters() if value.grad is not None
-    }
+    gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+    return float(loss.detach()), gradients
 
 
 def train(loaded: LoadedModel, samples: list[Sample], layout: Layout, recipe: Recipe) -> float:
@@ -236,7 +235,7 @@ def test_a_strength_between_is_the_model_between(tmp_path: Path) -> None:
 def test_a_quantized_base_is_refused(tiny_model: Path, tmp_path: Path, precision: Any, bits: int) -> None:
     save_adapter(tmp_path / "saved", attach(load(tiny_model), "a", FullConfig(), seed=0), "m")
     loaded = load(tiny_model, precision, "bf16")
-    message = f"a {bits}-bit base cannot be trained as a whole.*--precision bf16"
+    message = f"an? {bits}-bit base cannot be trained as a whole.*--precision bf16"
     with pytest.raises(UsageError, match=message):
         attach(loaded, "a", FullConfig(), seed=0)
     with pytest.raises(BadInput, match=message):

@@ -112,7 +112,7 @@ class Session:
         assert self._head is not None
         return summed_loss(hidden, rows, targets, self._head, chunk_tokens)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _head_in_force(self) -> Head | None:
         """The head as the active adapters leave it, its matrix in the compute dtype."""
         weight = self.loaded.head_in_force

@@ -88,9 +88,10 @@ def _create_state(training: Training) -> None:
         failed = first_line(error)
     sizes = [parameter.numel() for parameter in training.update.parameters.values()]
     needed = state_bytes(training.plan.spec.recipe.optimizer.name, sizes)
+    smaller = "a smaller --rank or " if hasattr(training.plan.spec.recipe.method, "rank") else ""
     raise OutOfMemory(
         f"the optimizer's state of {format_bytes(needed)} does not fit beside the model ({failed})",
-        hint="Close other programs and resume the run, or plan again with a smaller --rank or a larger --budget",
+        hint=f"Close other programs and resume the run, or plan again with {smaller}a larger --budget",
     )
 
 
