@@ -251,6 +251,17 @@ def test_a_parameter_of_an_unknown_kind_is_named(tiny_model: Path) -> None:
     attach(loaded, "b", LoraConfig(rank=2), seed=0)
 
 
+def test_a_head_with_code_of_its_own_is_refused(tiny_model: Path) -> None:
+    class Doubled(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
+
+    loaded = load(tiny_model)
+    next(table for path, table in loaded.tables().items() if path == "lm_head").module.__class__ = Doubled
+    with pytest.raises(UsageError, match="output head is of no kind that edgepeft trains"):
+        attach(loaded, "a", FullConfig(), seed=0)
+
+
 def cases() -> list[Case]:
     """Some of the bench's, each with a tied and an untied head, and as a step's only micro-batch and not."""
     found = []

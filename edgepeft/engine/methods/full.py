@@ -140,18 +140,22 @@ def _check_dense(loaded: LoadedModel) -> None:
 
 
 def _check_complete(loaded: LoadedModel) -> None:
+    """Refuses a model of which a part would stay as it is."""
+    tables = [table for table in loaded.tables().values() if _is_plain(table)]
     known: list[Tensor] = [linear.bias for linear in loaded.linears().values() if linear.bias is not None]
     known += [value for norm in loaded.norms().values() for value in norm.own().values()]
-    known += [table.own for table in loaded.tables().values() if _is_plain(table)]
+    known += [table.own for table in tables]
     ours = {id(parameter) for parameter in known}
-    for name, parameter in loaded.model.named_parameters():
-        if id(parameter) not in ours:
-            kind = type(loaded.model).__name__
-            raise UsageError(
-                f"{kind} cannot be trained as a whole: {name} is of no kind that edgepeft trains",
-                where="--method",
-                hint="Use --method lora",
-            )
+    strange = [name for name, parameter in loaded.model.named_parameters() if id(parameter) not in ours]
+    if len(tables) < 2:
+        strange.append("its embedding or its output head")
+    if strange:
+        kind = type(loaded.model).__name__
+        raise UsageError(
+            f"{kind} cannot be trained as a whole: {strange[0]} is of no kind that edgepeft trains",
+            where="--method",
+            hint="Use --method lora",
+        )
 
 
 def _is_plain(table: AdaptedTable) -> bool:
