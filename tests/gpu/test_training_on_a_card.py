@@ -13,7 +13,9 @@ import msgspec
 import pytest
 import torch
 
+from edgepeft.engine.methods.prefix import PrefixUpdate
 from edgepeft.engine.model.frozen import freeze
+from edgepeft.engine.model.prefix import PrefixSite
 from edgepeft.engine.training.attention import packed, packed_attention
 from edgepeft.paths import home
 from edgepeft.processes import start_worker
@@ -49,6 +51,32 @@ def test_packed_attention_on_the_card_equals_the_cpu() -> None:
     with packed(lengths):
         found, _ = packed_attention(module, *(part.cuda().bfloat16() for part in (query, key, value)))
     torch.testing.assert_close(found.float().cpu(), expected, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_keys_before_every_sample_on_the_card_equal_the_cpu(window: int | None) -> None:
+    """The flash kernel takes queries for the last of more keys; gradients too."""
+    lengths = [5, 17, 42]
+    torch.manual_seed(0)
+    given = [torch.randn(1, heads, sum(lengths), 32) for heads in (4, 2, 2)]
+    before = [torch.randn(6, 2, 32) for _ in range(2)]
+
+    def run(device: str, dtype: torch.dtype) -> list[torch.Tensor]:
+        inputs = [x.to(device, dtype).requires_grad_() for x in given]
+        layer = torch.nn.Identity()
+        site = PrefixSite(layer, "layer")
+        # The prefix itself is float32.
+        site.adapters["a"] = PrefixUpdate(*(x.to(device) for x in before))
+        site.activate([("a", 1.0)])
+        trained = site.adapters["a"].keys_and_values()
+        with packed(lengths):
+            out, _ = packed_attention(layer, *inputs, sliding_window=window)
+            out.float().square().sum().backward()
+        gradients = [x.grad for x in (*inputs, *trained) if x.grad is not None]
+        return [x.float().cpu() for x in (out.detach(), *gradients)]
+
+    for found, expected in zip(run("cuda", torch.bfloat16), run("cpu", torch.float32), strict=True):
+        assert (found - expected).norm() < 2e-2 * expected.norm()
 
 
 def test_a_deterministic_run_gives_the_same_bits_and_resumes_to_them(alpaca_file: Path) -> None:
