@@ -71,6 +71,11 @@ def one_of_each(passes: Sequence[Item], kind: Callable[[Item], Hashable]) -> Seq
     return list(first.values())
 
 
+def has_values() -> bool:
+    """Whether tensors have values; those of a dry run have only sizes."""
+    return _pretended is None
+
+
 def number(scalar: Tensor) -> float:
     """The value of a tensor of one entry; 0 where tensors have no values."""
     return float(scalar) if _pretended is None else 0.0

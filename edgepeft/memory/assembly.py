@@ -99,6 +99,7 @@ def plan_micro_batch(shape: ModelShape, given: Pass, method: MethodConfig | None
         trains_gains=module.trains_gains(method),
         prefix=module.prefix_terms(method, shape),
         trains_tables=module.trains_tables(method),
+        leading_rows=module.leading_rows(method),
         trained=module.trained(method, shape),
     )
 
@@ -113,6 +114,7 @@ def plan_with(
     trains_gains: bool = False,
     prefix: PrefixTerms | None = None,
     trains_tables: bool = False,
+    leading_rows: int = 0,
     trained: Trained = Trained(),  # noqa: B008
 ) -> MicroBatchPlan:
     """The same with any updates.
@@ -124,8 +126,9 @@ def plan_with(
         shared_of: the update that does the work of several linears with the same input, if there is one.
         branches: what is put behind `attention` and `mlp`.
         trains_gains: whether those of norms are trained.
-        prefix: what stands before every sample.
+        prefix: what stands before every sample in each layer.
         trains_tables: whether the embedding and the output head are.
+        leading_rows: trained rows before every sample, which are among the tokens.
         trained: all tensors that are.
     """
     tokens, c, kind = given.tokens, given.compute_bytes, shape.model_type
@@ -205,6 +208,8 @@ def plan_with(
         others_beside_tape=sum(trained.others) - on_tape,
         trains_tables=trains_tables,
         tied=shape.tied_embeddings,
+        leading_rows=leading_rows,
+        samples=len(given.lengths),
     )
 
 

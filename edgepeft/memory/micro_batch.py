@@ -14,8 +14,10 @@ import msgspec
 from edgepeft.memory.chunks import loss_rows
 from edgepeft.memory.operations import FLOAT32, Operations
 from edgepeft.memory.programs import LayerPlan, Program
-from edgepeft.memory.tape import GRADIENTS, LOSS, RECOMPUTED, Peak, Tape, Tensor
+from edgepeft.memory.tape import GRADIENTS, LOSS, RECOMPUTED, Node, Peak, Tape, Tensor
 from edgepeft.methods import Trained
+
+_INT64 = 8
 
 
 class LossPlan(msgspec.Struct, frozen=True):
@@ -70,6 +72,10 @@ class MicroBatchPlan(msgspec.Struct, frozen=True):
     """Whether the embedding and the output head are among it."""
     tied: bool = False
     """Whether these are one."""
+    leading_rows: int = 0
+    """Trained rows before each sample."""
+    samples: int = 0
+    """Of the row."""
 
 
 class Place(msgspec.Struct, frozen=True):
@@ -113,7 +119,7 @@ def train(plan: MicroBatchPlan, *, checkpointed: bool, alone: bool, offloaded: b
     tape.touch(plan.loss.trained * plan.loss.row_bytes)
     del gradient, end
     held: list[Tensor] = []
-    if alone and not adds_up:
+    if alone and not adds_up and not plan.leading_rows:
         # Of no layer: when exactly they come into being matters little.
         tape.category = GRADIENTS
         held.append(Tensor(tape, FLOAT32 * plan.others_beside_tape))
@@ -214,8 +220,13 @@ def _forward(
         embeddings = ops.look_up(size, FLOAT32 * entries if alone and not plan.tied else 0)
     else:
         embeddings = Tensor(tape, size)
+    given = None
+    if plan.leading_rows:
+        _put_rows_before(plan, ops, embeddings)
+        # The training step hands them in, and holds them as well.
+        given = embeddings
     if plan.scales_embeddings:
-        embeddings = ops.through(embeddings, size, size)
+        embeddings = ops.through(embeddings, size, size, keeps=True)
     hidden = embeddings
     for number in layers.run:
         kind = plan.kind_of_layer[number]
@@ -228,7 +239,28 @@ def _forward(
         if number:
             # An offloaded input leaves with its layer, whatever the number of layers.
             layers.kept[kind] = [0 if offloaded else now - then for now, then in zip(tape.live, before, strict=True)]
-    return plan.kinds[0].hidden_norm(ops, hidden)
+    hidden = plan.kinds[0].hidden_norm(ops, hidden)
+    del given
+    return hidden
+
+
+def _put_rows_before(plan: MicroBatchPlan, ops: Operations, embeddings: Tensor) -> None:
+    """Trained rows before each sample (engine.model.prompt)."""
+    tape, rows = ops.tape, plan.leading_rows
+    trained = FLOAT32 * plan.trained.others[0]
+    ops.places = Tensor(tape, _INT64 * plan.samples * rows)
+    tape.touch(0 if plan.compute_bytes == FLOAT32 else rows * plan.loss.row_bytes)
+    if tape.nodes is None:
+        return
+
+    def back(node: Node) -> list[Tensor | None]:
+        g = node.take()
+        parts = Tensor(tape, plan.samples * rows * plan.loss.row_bytes)
+        own = Tensor(tape, trained)
+        del g, parts
+        return [own]
+
+    embeddings.node = tape.record_plain((), back)
 
 
 def _loss(plan: LossPlan, tape: Tape) -> tuple[Tensor | None, Tensor | None]:

@@ -20,11 +20,20 @@ from edgepeft.methods.ia3 import Ia3, Ia3Config
 from edgepeft.methods.lora import Lora, LoraConfig
 from edgepeft.methods.norm import Norm, NormConfig
 from edgepeft.methods.prefix import Prefix, PrefixConfig
+from edgepeft.methods.prompt import Prompt, PromptConfig
 from edgepeft.methods.terms import Branch, BranchTerms, LinearTerms, Method, PrefixTerms, Trained
 from edgepeft.models.shape import ModelShape
 
 MethodConfig = (
-    LoraConfig | BottleneckConfig | CompacterConfig | Ia3Config | NormConfig | BiasConfig | PrefixConfig | FullConfig
+    LoraConfig
+    | BottleneckConfig
+    | CompacterConfig
+    | Ia3Config
+    | NormConfig
+    | BiasConfig
+    | PrefixConfig
+    | PromptConfig
+    | FullConfig
 )
 
 METHODS: dict[str, Method] = {
@@ -36,6 +45,7 @@ METHODS: dict[str, Method] = {
     "bias": Bias(BiasConfig),
     "prefix": Prefix(PrefixConfig),
     "full": Full(FullConfig),
+    "prompt": Prompt(PromptConfig),
 }
 """Every method by its id."""
 

@@ -171,6 +171,10 @@ class Method:
         """Places of the context that it takes before every sample."""
         return 0
 
+    def leading_rows(self, config: Any) -> int:
+        """Those of its places whose rows go through the model, as tokens do."""
+        return 0
+
     def prefix_terms(self, config: Any, shape: ModelShape) -> PrefixTerms | None:
         """What it puts before the keys and values of every sample; None where it is nothing."""
         return None

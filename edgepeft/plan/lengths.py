@@ -15,6 +15,7 @@ from edgepeft.plan.workloads import (
     largest_held_out,
     largest_micro_batches,
     largest_step,
+    with_leading,
     workloads_of,
 )
 
@@ -74,7 +75,7 @@ class SampleLengths:
         self._held_out_computed: Counts = np.asarray(held_out.trainable()[0], dtype=np.int64)
         self._limited: dict[tuple[int, Overlong], tuple[SampleTable, SampleTable]] = {}
         self._exact: dict[tuple[object, ...], tuple[Workload, ...]] = {}
-        self._counts: dict[tuple[int, Overlong], tuple[Counts, Counts, Counts, Counts]] = {}
+        self._counts: dict[tuple[int, Overlong, int], tuple[Counts, Counts, Counts, Counts]] = {}
         self._largest_step: dict[tuple[object, ...], int] = {}
 
     @property
@@ -87,10 +88,15 @@ class SampleLengths:
         """Longest training sample in tokens."""
         return int(self._sorted[-1])
 
-    def longest_computed(self, max_seq_len: int) -> int:
-        """Most tokens of a sample, trained on or held out, that can go through the model under a length limit."""
+    def longest_computed(self, max_seq_len: int, leading_rows: int = 0) -> int:
+        """Most rows of a sample, trained on or held out, that can go through the model under a length limit.
+
+        Args:
+            max_seq_len: the limit.
+            leading_rows: that the method puts before each sample.
+        """
         held_out = int(self._held_out_computed.max()) if len(self._held_out_computed) else 0
-        return max(1, min(max_seq_len, max(int(self._computed[-1]), held_out)))
+        return leading_rows + max(1, min(max_seq_len, max(int(self._computed[-1]), held_out)))
 
     def covering(self, share: float) -> int:
         """The smallest length that keeps this share of the training samples whole."""
@@ -104,11 +110,12 @@ class SampleLengths:
     def bound(self, spec: RunSpec) -> Workload:
         """A workload that no micro-batch of the run exceeds, without a look at its steps."""
         recipe, cap = spec.recipe, spec.layout.micro_batch_tokens
-        most = self._computed[-recipe.samples_per_step :].clip(max=recipe.max_seq_len)
+        rows = leading_rows(recipe)
+        most = with_leading(self._computed[-recipe.samples_per_step :].clip(max=recipe.max_seq_len), rows)
         step = int(most.sum())
         longest = max(1, int(most[-1]))
         tokens = max(min(cap, step), longest)
-        held_out = self._held_out_computed.clip(max=recipe.max_seq_len)
+        held_out = with_leading(self._held_out_computed.clip(max=recipe.max_seq_len), rows)
         held_out_longest = int(held_out.max()) if len(held_out) else 0
         counts = counts_samples(recipe)
         held_out_tokens = max(min(cap, int(held_out.sum())), held_out_longest)
@@ -143,7 +150,7 @@ class SampleLengths:
 
     def steps(self, recipe: Recipe) -> StepList | None:
         """The optimizer steps of a run; None when they have nothing to train on."""
-        computed, trained, _, _ = self._within(recipe.max_seq_len, recipe.overlong)
+        computed, trained, _, _ = self._within(recipe)
         if not computed.any():
             return None
         steps = total_steps(len(computed), recipe.samples_per_step, recipe.epochs, recipe.max_steps)
@@ -151,7 +158,7 @@ class SampleLengths:
 
     def held_out(self, recipe: Recipe) -> tuple[Counts, Counts]:
         """Of each held-out sample, the tokens that go through the model and those whose successor is trained."""
-        return self._within(recipe.max_seq_len, recipe.overlong)[2:]
+        return self._within(recipe)[2:]
 
     def step_tokens(self, recipe: Recipe) -> int:
         """Tokens of the run's largest optimizer step."""
@@ -172,16 +179,17 @@ class SampleLengths:
             )
         return self._limited[key]
 
-    def _within(self, max_seq_len: int, overlong: Overlong) -> tuple[Counts, Counts, Counts, Counts]:
-        """Computed and trained tokens of the training samples and of the held-out ones, [n] each."""
+    def _within(self, recipe: Recipe) -> tuple[Counts, Counts, Counts, Counts]:
+        """Computed rows and trained tokens of the training samples and of the held-out ones, [n] each."""
         import numpy as np
 
-        key = (max_seq_len, overlong)
+        rows = leading_rows(recipe)
+        key = (recipe.max_seq_len, recipe.overlong, rows)
         if key not in self._counts:
-            train, held_out = self._tables(max_seq_len, overlong)
+            train, held_out = self._tables(recipe.max_seq_len, recipe.overlong)
             pairs = (*train.trainable(), *held_out.trainable())
             computed, trained, *others = (np.asarray(counts, dtype=np.int64) for counts in pairs)
-            self._counts[key] = (computed, trained, others[0], others[1])
+            self._counts[key] = (with_leading(computed, rows), trained, with_leading(others[0], rows), others[1])
         return self._counts[key]
 
     def summary(self, max_seq_len: int, overlong: Overlong) -> DataSummary:
@@ -206,6 +214,12 @@ def counts_samples(recipe: Recipe) -> bool:
     return method_of(recipe.method).leading_tokens(recipe.method) > 0
 
 
+def leading_rows(recipe: Recipe) -> int:
+    """Rows that the method puts before each sample."""
+    return method_of(recipe.method).leading_rows(recipe.method)
+
+
 def _key(recipe: Recipe, run: StepList) -> tuple[object, ...]:
     """What decides a run's steps, over the same data."""
-    return (recipe.max_seq_len, recipe.overlong, run.samples_per_step, run.steps, run.seed)
+    rows = leading_rows(recipe)
+    return (recipe.max_seq_len, recipe.overlong, run.samples_per_step, run.steps, run.seed, rows)

@@ -69,7 +69,8 @@ class Search(Space):
         if candidate not in self._predictions:
             lengths = self.request.lengths
             if lengths is None:
-                workload = full_workload(candidate.micro_batch_tokens, candidate.max_seq_len)
+                longest = self.longest_sample(candidate.max_seq_len)
+                workload = full_workload(candidate.micro_batch_tokens, longest)
             else:
                 workload = lengths.bound(self.spec(candidate))
             self._predictions[candidate] = self._predict(candidate, (workload,))

@@ -112,9 +112,10 @@ class Space:
         return min(lengths.covering(self.request.preset.whole_share.value), self.context)
 
     def longest_sample(self, max_seq_len: int) -> int:
-        """Most tokens of a sample that go through the model under that limit."""
+        """Most rows of a sample that go through the model under that limit."""
+        rows = METHODS[self.method_id].leading_rows(self.method(self.ranks[-1]))
         lengths = self.request.lengths
-        return max_seq_len if lengths is None else lengths.longest_computed(max_seq_len)
+        return max_seq_len + rows if lengths is None else lengths.longest_computed(max_seq_len, rows)
 
     def _samples_per_step(self) -> int:
         if "samples_per_step" in self.pins:

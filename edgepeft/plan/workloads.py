@@ -58,6 +58,11 @@ class StepList(NamedTuple):
         return [index for index in chosen if self.tokens[index]]
 
 
+def with_leading(tokens: Counts, rows: int) -> Counts:
+    """The rows of each sample, [n], where so many stand before its tokens; a sample that teaches nothing has none."""
+    return np.where(tokens > 0, tokens + rows, 0) if rows else tokens
+
+
 def largest_micro_batches(run: StepList, cap: int) -> list[MicroBatchSize]:
     """The micro-batches of all steps that no other one covers, those with most tokens first.
 

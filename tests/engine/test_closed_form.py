@@ -18,6 +18,7 @@ from accuracy.report import LIMITS, summarize
 
 from edgepeft.memory.assembly import is_exact
 from edgepeft.methods.prefix import PrefixConfig
+from edgepeft.methods.prompt import PromptConfig
 from edgepeft.models.config import read_shape
 
 
@@ -30,8 +31,10 @@ def test_the_closed_form_is_what_the_dry_run_counts():
     assert statistics.median(abs(row["error"]) for row in rows) < 0.001
 
 
-@pytest.mark.parametrize("config", [PrefixConfig(20), PrefixConfig(20, reparameterised=True, width=256)])
-def test_keys_before_every_sample_are_counted(config: PrefixConfig):
+@pytest.mark.parametrize(
+    "config", [PrefixConfig(20), PrefixConfig(20, reparameterised=True, width=256), PromptConfig(20)]
+)
+def test_what_stands_before_every_sample_is_counted(config: PrefixConfig | PromptConfig):
     for case in draw(seed=7, count=4):
         samples = 9 if case.workload.tokens - case.workload.longest >= 8 else 1
         workload = msgspec.structs.replace(case.workload, samples=samples)

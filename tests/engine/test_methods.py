@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,7 @@ from edgepeft.methods.full import FullConfig
 from edgepeft.methods.ia3 import Ia3Config
 from edgepeft.methods.norm import NormConfig
 from edgepeft.methods.prefix import PrefixConfig
+from edgepeft.methods.prompt import PromptConfig
 from edgepeft.models.store import ensure_model
 from edgepeft.spec import Layout
 from tiny import write_tiny_model
@@ -51,9 +53,12 @@ CONFIGS: dict[str, Any] = {
     "prefix": PrefixConfig(5),
     "reparameterised prefix": PrefixConfig(5, reparameterised=True, width=24),
     "full": FullConfig(),
+    "prompt": PromptConfig(5),
+    "prompt of a text": PromptConfig(5, "text", "Repeat"),
+    "random prompt": PromptConfig(5, "random"),
 }
-STARTS_ELSEWHERE = {"prefix"}
-"""A prefix draws attention whatever its values are: a fresh one is not the base."""
+STARTS_ELSEWHERE = {"prefix", "prompt"}
+"""What stands before a sample draws attention whatever its values are: a fresh one is not the base."""
 
 SMOOTH = {name: config for name, config in CONFIGS.items() if getattr(config, "activation", "") != "relu"}
 """Without those that have a kink, across which rounding moves values."""
@@ -101,6 +106,10 @@ def reference(folder: Path, adapter: AttachedAdapter, strength: float = 1.0) -> 
     values = {name: value.double().requires_grad_() for name, value in adapter.state_dict().items()}
     if id_of(adapter.config) == "prefix":
         return loss_of(model, past_key_values=_cache(adapter, values, strength)), values
+    if id_of(adapter.config) == "prompt":
+        rows = (strength * values["prompt.rows"]).expand(len(IDS), -1, -1)
+        logits = model(inputs_embeds=torch.cat([rows, model.get_input_embeddings()(IDS)], dim=1)).logits
+        return F.cross_entropy(logits[:, 5:-1].flatten(0, 1), IDS[:, 1:].flatten()), values
     modules = dict(model.named_modules())
     if isinstance(adapter.config, FullConfig):
         for name, own in list(model.named_parameters(remove_duplicate=False)):
@@ -109,7 +118,7 @@ def reference(folder: Path, adapter: AttachedAdapter, strength: float = 1.0) -> 
             trained = values.get(name, values["model.embed_tokens.weight"])
             delattr(modules[parent], leaf)
             setattr(modules[parent], leaf, own.detach() + strength * (trained - own.detach()))
-        return model, values
+        return loss_of(model), values
     for site in adapter.updates:
         own = {name.removeprefix(f"{site}."): value for name, value in values.items() if name.startswith(f"{site}.")}
         _hook(modules[site], adapter.config, own, values, site, strength)
@@ -306,7 +315,8 @@ def _step_gradients(loaded: LoadedModel, adapter: AttachedAdapter, layout: Layou
     for number, length in enumerate((23, 9, 31, 5)):
         ids = torch.randint(0, 250, (length + 1,), generator=random).numpy()
         rows = torch.arange(2, length).numpy()
-        samples.append(Sample(number, ids[:-1].astype("int32"), rows, ids[rows + 1].astype("int64")))
+        lead, targets = loaded.prompt.tokens, ids[rows + 1].astype("int64")
+        samples.append(Sample(number, np.pad(ids[:-1].astype("int32"), (lead, 0)), rows + lead, targets))
     for parameter in adapter.named_parameters().values():
         parameter.grad = None
     runner.train(samples, layout, 0)

@@ -20,6 +20,7 @@ from edgepeft.methods.compacter import CompacterConfig
 from edgepeft.methods.ia3 import Ia3Config
 from edgepeft.methods.norm import NormConfig
 from edgepeft.methods.prefix import PrefixConfig
+from edgepeft.methods.prompt import PromptConfig
 from edgepeft.models.store import ModelEntry
 from edgepeft.runs.control import request
 from edgepeft.runs.events import Finished, Started, StepDone
@@ -39,6 +40,7 @@ CONFIGS: dict[str, Any] = {
     "prefix": PrefixConfig(8),
     "reparameterised prefix": PrefixConfig(8, reparameterised=True, width=32),
     "full": FullConfig(),
+    "prompt": PromptConfig(8, "text", "Repeat the number."),
 }
 
 

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from peft import BeftConfig, IA3Config, LNTuningConfig, PeftModel, PrefixTuningConfig, get_peft_model
+from peft import (
+    BeftConfig,
+    IA3Config,
+    LNTuningConfig,
+    PeftModel,
+    PrefixTuningConfig,
+    PromptTuningConfig,
+    get_peft_model,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -24,6 +32,7 @@ from edgepeft.methods.bottleneck import BottleneckConfig
 from edgepeft.methods.ia3 import Ia3Config
 from edgepeft.methods.norm import NormConfig
 from edgepeft.methods.prefix import PrefixConfig
+from edgepeft.methods.prompt import PromptConfig
 from edgepeft.models.store import ensure_model
 from tiny import write_tiny_model
 
@@ -66,10 +75,11 @@ def move(parameters: Any) -> None:
         BeftConfig(target_modules=["v_proj", "up_proj"]),
         PrefixTuningConfig(num_virtual_tokens=7),
         PrefixTuningConfig(num_virtual_tokens=7, prefix_projection=True, encoder_hidden_size=24),
+        PromptTuningConfig(num_virtual_tokens=7, prompt_tuning_init="SAMPLE_VOCAB"),
     ],
     ids=[
         *("ia3", "ia3 of results", "norm", "one norm", "bias", "offsets without a bias"),
-        *("prefix", "projected prefix"),
+        *("prefix", "projected prefix", "prompt"),
     ],
 )
 def test_pefts_adapter_loads_here_and_ours_loads_there(tiny_model: Path, tmp_path: Path, settings: Any) -> None:
@@ -79,7 +89,8 @@ def test_pefts_adapter_loads_here_and_ours_loads_there(tiny_model: Path, tmp_pat
     move(parameter for parameter in theirs.parameters() if parameter.requires_grad)
     theirs.save_pretrained(tmp_path / "theirs")
     with torch.no_grad():
-        expected = theirs(IDS).logits
+        # Those of trained rows before the tokens are no use here.
+        expected = theirs(IDS).logits[:, -IDS.shape[1] :]
     loaded = load(tiny_model)
     adapter = read_adapter(tmp_path / "theirs", loaded, "t")
     torch.testing.assert_close(logits(loaded, "t"), expected, rtol=1e-5, atol=1e-5)
@@ -88,7 +99,7 @@ def test_pefts_adapter_loads_here_and_ours_loads_there(tiny_model: Path, tmp_pat
     fresh = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
     back = PeftModel.from_pretrained(fresh, tmp_path / "ours").eval()
     with torch.no_grad():
-        torch.testing.assert_close(back(IDS).logits, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(back(IDS).logits[:, -IDS.shape[1] :], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("config", [Ia3Config(), NormConfig(), BiasConfig()], ids=["ia3", "norm", "bias"])
@@ -148,6 +159,16 @@ def change_tensors(change: Callable[[dict[str, Tensor]], object]) -> Callable[[P
         (PrefixConfig(4), change_config(num_virtual_tokens="4"), "must be a whole number"),
         (PrefixConfig(4), change_config(num_virtual_tokens=512), "leave no place in a context of 512"),
         (PrefixConfig(4), change_config(num_transformer_submodules=2), "for an encoder and a decoder"),
+        (
+            PromptConfig(4),
+            change_tensors(lambda tensors: next(iter(tensors.values())).fill_(float("nan"))),
+            "not finite",
+        ),
+        (PromptConfig(4), change_tensors(lambda tensors: tensors.update(other=torch.ones(3))), "other fits no layer"),
+        (PromptConfig(4), change_config(num_virtual_tokens=5), "is 4×64, this model needs 5×64"),
+        (PromptConfig(4), change_config(num_virtual_tokens=None), "must be a whole number"),
+        (PromptConfig(4), change_config(num_virtual_tokens=600), "leave no place in a context of 512"),
+        (PromptConfig(4), change_config(num_transformer_submodules=2), "for an encoder and a decoder"),
         (
             BottleneckConfig(),
             change_config(edgepeft={"type": "bottleneck", "reduction": 4.0}),

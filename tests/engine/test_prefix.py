@@ -7,34 +7,22 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, PrefixTuningConfig, get_peft_model
-from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM
+from transformers import DynamicCache, LlamaForCausalLM
 
-from edgepeft.chat.protocol import AdapterUse, Sampling
-from edgepeft.engine.inference.generate import generate, generate_batch
-from edgepeft.engine.inference.score import score_losses
-from edgepeft.engine.inference.session import Session
-from edgepeft.engine.methods import attach, detach, set_active
-from edgepeft.engine.methods.files import read_adapter, save_adapter
+from edgepeft.chat.protocol import Sampling
+from edgepeft.engine.methods import attach, set_active
 from edgepeft.engine.methods.seeds import generator_of
 from edgepeft.engine.model.load import LoadedModel, load_model
 from edgepeft.engine.model.prefix import PrefixSite
 from edgepeft.engine.training import attention
 from edgepeft.engine.training.attention import packed, packed_attention
-from edgepeft.engine.training.batches import Sample
-from edgepeft.engine.training.memory import MemoryGauge
-from edgepeft.engine.training.step import StepRunner
-from edgepeft.errors import BadInput, UsageError
-from edgepeft.library.store import WEIGHTS_FILE
+from edgepeft.errors import UsageError
 from edgepeft.methods import count_parameters
 from edgepeft.methods.prefix import PrefixConfig
 from edgepeft.models.config import read_shape
 from edgepeft.models.store import ensure_model
-from edgepeft.spec import Layout
-from tiny import tiny_config, write_tiny_model
-from training_runs import tiny_plan
+from tiny import tiny_config
 
 CPU = torch.device("cpu")
 GREEDY = Sampling(temperature=0.0, max_new_tokens=16)
@@ -101,119 +89,6 @@ def test_packed_rows_see_the_prefix_before_each_sample(
 @pytest.fixture
 def loaded(tiny_model: Path) -> LoadedModel:
     return load_model(ensure_model(str(tiny_model)), precision="fp32", compute_dtype="fp32", device=CPU)
-
-
-def made(loaded: LoadedModel, folder: Path, tokens: int = 6, seed: int = 1) -> AdapterUse:
-    """A random prefix that changes answers, as PEFT saves it."""
-    adapter = attach(loaded, "made", PrefixConfig(tokens), seed)
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in adapter.named_parameters().values():
-        parameter.data += torch.randn(parameter.shape, generator=generator) * 4
-    save_adapter(folder, adapter, "tiny")
-    detach(loaded, "made")
-    return AdapterUse(str(folder))
-
-
-def theirs(folder: Path, adapter: AdapterUse) -> Any:
-    return PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32), adapter.folder)
-
-
-def answered(model: Any, prompt: list[int]) -> list[int]:
-    """What peft answers, token by token without a cache of its own: its prefix is the beginning of one each time."""
-    ids: list[int] = []
-    for _ in range(GREEDY.max_new_tokens):
-        with torch.no_grad():
-            token = int(model(input_ids=torch.tensor([prompt + ids])).logits[0, -1].argmax())
-        if token in STOPS:
-            break
-        ids.append(token)
-    return ids
-
-
-def test_training_on_packed_rows_has_the_loss_and_gradients_of_peft(tmp_path: Path) -> None:
-    entry = ensure_model(str(write_tiny_model(tmp_path / "model", seed=3)))
-    loaded = load_model(entry, precision="fp32", compute_dtype="fp32", device=CPU)
-    use = made(loaded, tmp_path / "a")
-    adapter = read_adapter(Path(use.folder), loaded, "a")
-    set_active(loaded, [("a", 1.0)])
-    runner = StepRunner(
-        loaded, tiny_plan(tmp_path, entry).spec.recipe, backward=lambda loss: loss.backward(), gauge=MemoryGauge(CPU)
-    )
-    random = torch.Generator().manual_seed(2)
-    sequences = [torch.randint(0, 250, (length + 1,), generator=random) for length in (23, 9, 31, 5)]
-    samples = [
-        Sample(number, ids[:-1].int().numpy(), torch.arange(len(ids) - 1).numpy(), ids[1:].numpy())
-        for number, ids in enumerate(sequences)
-    ]
-    sums = runner.train(samples, Layout(512, "layer", 64), 0)
-    # peft loads a prefix only to use it: a fresh one is given the values.
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
-    twin: Any = get_peft_model(base, PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=6))
-    twin.prompt_encoder["default"].load_prompt_embeddings(load_file(tmp_path / "a" / WEIGHTS_FILE)["prompt_embeddings"])
-    total = torch.zeros(())
-    for ids in sequences:
-        logits = twin(input_ids=ids[None, :-1]).logits[0]
-        total = total + torch.nn.functional.cross_entropy(logits, ids[1:], reduction="sum")
-    (total / sums.trained_tokens).backward()
-    assert sums.loss == pytest.approx(float(total), rel=1e-5)
-    (wanted,) = (value.grad for value in twin.parameters() if value.grad is not None)
-    found = torch.cat(
-        [value.grad.flatten(1) for value in adapter.named_parameters().values() if value.grad is not None], 1
-    )
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-6)
-    assert runner.evaluate(samples, Layout(40, "none", 16)).loss == pytest.approx(sums.loss, rel=1e-5)
-
-
-def test_answers_are_those_of_peft_alone_and_in_a_padded_batch(
-    loaded: LoadedModel, tiny_model: Path, tmp_path: Path
-) -> None:
-    session, use = Session(loaded), made(loaded, tmp_path / "a")
-    base = [generate(session, prompt, STOPS, GREEDY).ids for prompt in PROMPTS]
-    session.activate([use])
-    twin = theirs(tiny_model, use)
-    expected = [answered(twin, prompt) for prompt in PROMPTS]
-    assert [generate(session, prompt, STOPS, GREEDY).ids for prompt in PROMPTS] == expected != base
-    assert [answer.ids for answer in generate_batch(session, PROMPTS, STOPS, GREEDY)] == expected
-    session.activate([AdapterUse(use.folder, 0.0)])
-    assert [generate(session, prompt, STOPS, GREEDY).ids for prompt in PROMPTS] == base
-
-
-def test_losses_are_those_of_peft(loaded: LoadedModel, tiny_model: Path, tmp_path: Path) -> None:
-    session, use = Session(loaded), made(loaded, tmp_path / "a")
-    session.activate([use])
-    losses, _ = score_losses(session, [(ids, [True] * len(ids)) for ids in PROMPTS])
-    twin = theirs(tiny_model, use)
-    for ids, loss in zip(PROMPTS, losses, strict=True):
-        with torch.no_grad():
-            logits = twin(input_ids=torch.tensor([ids])).logits[0, :-1]
-        assert loss == pytest.approx(float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]))), abs=1e-5)
-
-
-def test_the_next_turn_reuses_its_tokens_behind_the_prefix(loaded: LoadedModel, tmp_path: Path) -> None:
-    session, use = Session(loaded), made(loaded, tmp_path / "a")
-    session.activate([use])
-    first = generate(session, PROMPTS[1], [], GREEDY)
-    longer = [*PROMPTS[1], *first.ids, 258, 10, 257, 66, 67]
-    again = generate(session, longer, [], GREEDY)
-    assert again.reused_tokens == len(PROMPTS[1]) + len(first.ids) - 1
-    session.prefix = None
-    assert again.ids == generate(session, longer, [], GREEDY).ids
-    session.activate([made(loaded, tmp_path / "b", seed=2)])
-    assert generate(session, longer, [], GREEDY).reused_tokens == 0
-
-
-def test_the_context_and_the_budget_have_room_for_what_is_left(loaded: LoadedModel, tmp_path: Path) -> None:
-    session = Session(loaded)
-    session.activate([made(loaded, tmp_path / "a", tokens=100)])
-    assert session.token_limit() == 412
-    answer = generate(session, [3] * 405, [], GREEDY)
-    assert (answer.stopped_by, len(answer.ids)) == ("context", 7)
-    with pytest.raises(BadInput, match="takes 412"):
-        generate(session, [3] * 412, [], GREEDY)
-    with pytest.raises(BadInput, match="takes 412"):
-        score_losses(session, [([3] * 413, [True] * 413)])
-    small = Session(loaded, session.live_bytes + 130 * session.cache_token_bytes)
-    assert small.token_limit() == 30
 
 
 def test_prefixes_stand_one_after_another(loaded: LoadedModel, tiny_model: Path) -> None:

@@ -22,10 +22,12 @@ from edgepeft.engine.ledger import assign, mark_place
 from edgepeft.engine.model.checkpoint import open_checkpoint, take_weight
 from edgepeft.engine.model.copy_reader import CopyReader, open_copy
 from edgepeft.engine.model.copy_writer import CopyWriter, start_copy
+from edgepeft.engine.model.entry import DecoderEntry
 from edgepeft.engine.model.frozen import DTYPES, DenseWeight, FrozenWeight, Workspace, freeze
 from edgepeft.engine.model.fused import fuse
 from edgepeft.engine.model.linear import AdaptedLinear
-from edgepeft.engine.model.prefix import PrefixedDecoder, PrefixSite
+from edgepeft.engine.model.prefix import PrefixSite
+from edgepeft.engine.model.prompt import PromptSite
 from edgepeft.engine.model.sites import AdaptedNorm, Branch, Site, find_branches, find_norms
 from edgepeft.engine.model.tables import AdaptedTable, find_tables
 from edgepeft.errors import BadInput
@@ -74,8 +76,11 @@ class LoadedModel:
         self._norms = find_norms(model, self.decoder)
         attentions = {name: branch.module for name, branch in self._branches.items() if branch.kind == "attention"}
         self._prefixes = {name: PrefixSite(module, name) for name, module in attentions.items()}
-        self._entry = PrefixedDecoder(self.decoder, self._prefixes, DTYPES[compute_dtype])
         self._tables = find_tables(model)
+        self.prompt = PromptSite()
+        """The place before the samples at the entry of the decoder."""
+        embed = model.get_input_embeddings()
+        self._entry = DecoderEntry(self.decoder, embed, self._prefixes, self.prompt, DTYPES[compute_dtype])
 
     @property
     def head_weight(self) -> Tensor | None:
@@ -108,7 +113,12 @@ class LoadedModel:
     @property
     def leading_tokens(self) -> int:
         """Places of the context that active adapters take before every sample."""
-        return self._entry.tokens
+        return self.prefix_tokens + self.prompt.tokens
+
+    @property
+    def prefix_tokens(self) -> int:
+        """Those of them that hold no rows, but keys and values alone."""
+        return self._entry.prefix_tokens
 
     def tables(self) -> dict[str, AdaptedTable]:
         """The embedding and the output head by module path."""
@@ -117,7 +127,14 @@ class LoadedModel:
     def sites(self) -> dict[str, Site]:
         """Everything that adapters can be put on, by its name: the path of a module, or one beside it."""
         prefixes = {site.name: site for site in self._prefixes.values()}
-        return {**self._linears, **self._branches, **self._norms, **self._tables, **prefixes}
+        return {
+            **self._linears,
+            **self._branches,
+            **self._norms,
+            **self._tables,
+            **prefixes,
+            self.prompt.name: self.prompt,
+        }
 
     def forget_unfinished(self) -> None:
         """Drops what a forward that was left in the middle, such as by a lack of memory, has computed ahead."""

@@ -1,18 +1,16 @@
 """Keys and values that stand before every sample in the attention of a layer (prefix tuning, arXiv 2101.00190).
 
-In packed rows the attention function puts them in front of each sample's own (engine.training.attention). Elsewhere the
-decoder's entry puts them into the cache before the first token, counts positions from behind them, and lets the mask of
-a padded batch see them; a caller need not know of them.
+In packed rows the attention function puts them in front of each sample's own (engine.training.attention). Elsewhere
+they begin the cache (engine.model.entry).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
 PACKED = "edgepeft_packed"
 """The name under which the attention of packed rows is registered with transformers."""
@@ -71,48 +69,3 @@ def prefix_of(module: nn.Module) -> PrefixSite | None:
     """What stands before the samples in an attention layer now; None where nothing does."""
     site: PrefixSite | None = module.__dict__.get(_SITE)
     return site if site is not None and site.active else None
-
-
-class PrefixedDecoder:
-    """The decoder's entry: outside of packed rows every cache begins with the active prefixes.
-
-    Args:
-        decoder: the inner model; its forward is replaced on the instance.
-        sites: by path, one for each layer, in order.
-        dtype: of keys and values.
-    """
-
-    def __init__(self, decoder: nn.Module, sites: Mapping[str, PrefixSite], dtype: torch.dtype) -> None:
-        self._config: Any = getattr(decoder, "config", None)
-        self._sites = list(sites.values())
-        self._dtype = dtype
-        self._forward: Any = decoder.forward
-        decoder.__dict__["forward"] = self._run
-
-    @property
-    def tokens(self) -> int:
-        """Places that the active prefixes take."""
-        return self._sites[0].tokens if self._sites else 0
-
-    def _run(self, *arguments: Any, **options: Any) -> Any:
-        count = self.tokens
-        if not count or self._config._attn_implementation == PACKED:
-            return self._forward(*arguments, **options)
-        ids = arguments[0] if arguments else options.get("input_ids")
-        given: Tensor = options["inputs_embeds"] if ids is None else ids
-        cache = options.get("past_key_values")
-        if cache is None:
-            cache = options["past_key_values"] = DynamicCache()
-        if not cache.get_seq_length():
-            self._fill(cache, given.shape[0])
-        mask, positions = options.get("attention_mask"), options.get("position_ids")
-        if mask is not None:
-            options["attention_mask"] = torch.cat([mask.new_ones(mask.shape[0], count), mask], dim=1)
-        if positions is not None:
-            options["position_ids"] = positions + count
-        return self._forward(*arguments, **options)
-
-    def _fill(self, cache: Any, rows: int) -> None:
-        for layer, site in enumerate(self._sites):
-            keys, values = (x.to(self._dtype).transpose(0, 1).expand(rows, -1, -1, -1) for x in site.keys_and_values())
-            cache.update(keys, values, layer)

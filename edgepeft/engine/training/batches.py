@@ -22,7 +22,8 @@ class Sample(NamedTuple):
     number: int
     """Its place in the table; seeds its dropout."""
     ids: np.ndarray
-    """int32 [tokens]: cut behind the last token that predicts a trained one, since nothing later is learned from."""
+    """int32 [tokens]: cut behind the last token that predicts a trained one, since nothing later is learned from. Rows
+    that the method fills come first, as zeros."""
     rows: np.ndarray
     """int64 [trained]: positions whose next token is trained."""
     targets: np.ndarray

@@ -91,18 +91,17 @@ class OwnHead:
             lambda part, wanted: _summed(self.logits(part[None])[0], wanted), picked, targets, chunk_tokens
         )
 
-    def run_whole(self, ids: Tensor, positions: Tensor, rows: Tensor, **options: Any) -> tuple[Tensor, Any]:
+    def run_whole(self, positions: Tensor, rows: Tensor, **options: Any) -> tuple[Tensor, Any]:
         """Logits [trained, vocabulary] of the whole model for one sample, and all of its output.
 
         Args:
-            ids: int64 [1, tokens].
             positions: int64 [1, tokens].
             rows: int64 [trained], whose logits are wanted.
-            options: further ones of the model's forward.
+            options: further ones of the model's forward: `input_ids` int64 [1, tokens], or `inputs_embeds`.
         """
         if self._keeps_rows:
             options["logits_to_keep"] = rows
-        out = self._model(input_ids=ids, position_ids=positions, use_cache=False, **options)
+        out = self._model(position_ids=positions, use_cache=False, **options)
         logits: Tensor = out.logits[0]
         return logits if self._keeps_rows else logits.index_select(0, rows), out
 

@@ -9,7 +9,7 @@ import numpy as np
 from edgepeft.data.token_table import TokenTable
 from edgepeft.engine.training.batches import Sample, read_samples
 from edgepeft.errors import BadInput
-from edgepeft.plan.workloads import Counts
+from edgepeft.plan.workloads import Counts, with_leading
 
 
 class SampleReader:
@@ -19,12 +19,14 @@ class SampleReader:
         table: training or held-out samples, cut to the run's length.
         embeddings: rows of the model's embedding.
         path: the data file, for messages.
+        leading_rows: put before each sample, which the method fills; they carry no loss.
     """
 
-    def __init__(self, table: TokenTable, embeddings: int, path: str) -> None:
+    def __init__(self, table: TokenTable, embeddings: int, path: str, leading_rows: int = 0) -> None:
         self.table = table
         self._embeddings = embeddings
         self._path = path
+        self._leading_rows = leading_rows
 
     def __len__(self) -> int:
         return len(self.table)
@@ -44,9 +46,13 @@ class SampleReader:
                     where=self._path,
                     hint="Use the tokenizer that belongs to the model's weights",
                 )
-        return samples
+        return [self._led(sample) for sample in samples] if self._leading_rows else samples
+
+    def _led(self, sample: Sample) -> Sample:
+        count = self._leading_rows
+        return sample._replace(ids=np.pad(sample.ids, (count, 0)), rows=sample.rows + count)
 
     def trainable(self) -> tuple[Counts, Counts]:
-        """Of each sample, the tokens that go through the model and those whose successor is trained, [n] each."""
+        """Of each sample, the rows that go through the model and those whose successor is trained, [n] each."""
         tokens, trained = self.table.trainable()
-        return np.asarray(tokens, np.int64), np.asarray(trained, np.int64)
+        return with_leading(np.asarray(tokens, np.int64), self._leading_rows), np.asarray(trained, np.int64)

@@ -212,7 +212,7 @@ class StepRunner:
     def _build(self, group: Sequence[Sample]) -> MicroBatch:
         by_row = self._own_head is None or self._own_head.by_row
         loaded = self._loaded
-        return build_micro_batch(group, loaded.device, fill_up=by_row, first_position=loaded.leading_tokens)
+        return build_micro_batch(group, loaded.device, fill_up=by_row, first_position=loaded.prefix_tokens)
 
     def _loss(self, batch: MicroBatch, chunk_tokens: int) -> tuple[Tensor, Tensor | None]:
         """The summed loss, and in training what balances experts; None where nothing does."""
@@ -220,13 +220,13 @@ class StepRunner:
         options: dict[str, Any] = {} if self._balance is None else {"output_router_logits": balance is not None}
         hidden = logits = None
         with counting_as("saved activations", "forward"):
+            options |= self._inputs(batch)
             if own is not None and not own.by_row:
-                logits, out = own.run_whole(batch.input_ids, batch.position_ids, batch.rows, **options)
+                logits, out = own.run_whole(batch.position_ids, batch.rows, **options)
             else:
-                out = self._loaded.decoder(
-                    input_ids=batch.input_ids, position_ids=batch.position_ids, use_cache=False, **options
-                )
+                out = self._loaded.decoder(position_ids=batch.position_ids, use_cache=False, **options)
                 hidden = out.last_hidden_state
+            options.clear()
             routers = () if balance is None else out.router_logits
             del out
         with counting_as("logits and loss", "loss"):
@@ -244,6 +244,14 @@ class StepRunner:
     def _head_in_force(self) -> Head | None:
         weight = self._loaded.head_in_force
         return None if weight is None or self._head is None else self._head._replace(weight=weight)
+
+    def _inputs(self, batch: MicroBatch) -> dict[str, Tensor]:
+        """The row's ids, or its embeddings where trained ones stand before each sample."""
+        prompt = self._loaded.prompt
+        if not prompt.active:
+            return {"input_ids": batch.input_ids}
+        embed: Any = self._loaded.model.get_input_embeddings()
+        return {"inputs_embeds": prompt.put_before(embed(batch.input_ids).detach(), batch.lengths)}
 
     def _dropout(self, step: int, batch: MicroBatch) -> AbstractContextManager[None]:
         return dropout_context(self._recipe.seed, step, batch.row_samples, batch.row_lengths)
