@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,10 @@ from edgepeft.engine.model.load import LoadedModel, load_model
 from edgepeft.engine.training.batches import Sample
 from edgepeft.engine.training.memory import MemoryGauge
 from edgepeft.engine.training.step import StepRunner
+from edgepeft.errors import UsageError
 from edgepeft.methods import LoraConfig
+from edgepeft.methods.prefix import PrefixConfig
+from edgepeft.methods.prompt import PromptConfig
 from edgepeft.models.store import ensure_model
 from edgepeft.spec import BaseRef, DataRef, Layout, Recipe
 from tiny import write_tokenizer
@@ -97,15 +101,22 @@ def test_answers_are_transformers(folder: Path) -> None:
     assert again.ids == answer(model, longer)
 
 
-def test_packed_gradients_are_those_of_each_sample_by_itself(folder: Path) -> None:
+@pytest.mark.parametrize(
+    "config", [LoraConfig(rank=4, alpha=8.0), PrefixConfig(4), PromptConfig(4)], ids=["lora", "prefix", "prompt"]
+)
+def test_packed_gradients_are_those_of_each_sample_by_itself(folder: Path, config: Any) -> None:
     loaded = load(folder)
-    adapter = attach(loaded, "a", LoraConfig(rank=4, alpha=8.0), seed=0)
+    if folder.name == "cohere2" and isinstance(config, PrefixConfig):
+        with pytest.raises(UsageError, match="cohere2"):
+            attach(loaded, "a", config, seed=0)
+        return
+    adapter = attach(loaded, "a", config, seed=0)
     set_active(loaded, [("a", 1.0)])
     torch.manual_seed(2)
     parameters = adapter.named_parameters()
     with torch.no_grad():
         for parameter in parameters.values():
-            parameter.copy_(torch.randn(parameter.shape) * 0.02)
+            parameter += torch.randn(parameter.shape) * 0.02
     samples = []
     for number, length in enumerate((11, 3, 19)):
         ids = torch.randint(0, 256, (length,), dtype=torch.int32).numpy()
@@ -135,9 +146,25 @@ def test_packed_gradients_are_those_of_each_sample_by_itself(folder: Path) -> No
     )
     runner = StepRunner(loaded, recipe, backward=lambda loss: loss.backward(), gauge=MemoryGauge(torch.device("cpu")))
     runner.check()
+    # Rows that the method fills come first.
+    lead = loaded.prompt.tokens
+    samples = [sample._replace(ids=np.pad(sample.ids, (lead, 0)), rows=sample.rows + lead) for sample in samples]
     sums = runner.train(samples, Layout(micro_batch_tokens=64, loss_chunk_tokens=5), 0)
     assert sums.loss == pytest.approx(total, rel=1e-5)
     for name, parameter in parameters.items():
         assert parameter.grad is not None
         scale = float(expected[name].abs().max())
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-3, atol=1e-4 * scale + 1e-7, msg=name)
+
+
+@pytest.mark.parametrize("config", [PrefixConfig(4), PromptConfig(4)], ids=["prefix", "prompt"])
+def test_padding_changes_no_answer_behind_what_stands_first(folder: Path, config: Any) -> None:
+    if folder.name == "cohere2" and isinstance(config, PrefixConfig):
+        pytest.skip("it takes no prefix")
+    loaded = load(folder)
+    attach(loaded, "a", config, seed=0)
+    set_active(loaded, [("a", 1.0)])
+    session = Session(loaded)
+    prompts = [*PROMPTS, list(range(90, 110))]
+    alone = [generate(session, prompt, [], GREEDY).ids for prompt in prompts]
+    assert [made.ids for made in generate_batch(session, prompts, [], GREEDY, 4)] == alone

@@ -128,7 +128,7 @@ def build(loaded: LoadedModel, config: PrefixConfig, seed: int) -> Parts:
     """
     sites = _sites(loaded, config)
     if not config.reparameterised:
-        return _parts(loaded, {site.name: PrefixUpdate(*made) for site, made in _started(loaded, sites, config, seed)})
+        return _parts({site.name: PrefixUpdate(*made) for site, made in _started(loaded, sites, config, seed)})
     key, width = loaded.shape.kv_heads * loaded.shape.head_dim, config.width
 
     def drawn(name: str, rows: int, columns: int) -> Tensor:
@@ -147,7 +147,7 @@ def build(loaded: LoadedModel, config: PrefixConfig, seed: int) -> Parts:
         )
         for site in sites
     }
-    return _parts(loaded, updates, shared)
+    return _parts(updates, shared)
 
 
 def _sites(loaded: LoadedModel, config: PrefixConfig) -> list[PrefixSite]:
@@ -201,7 +201,6 @@ def _base_alone(loaded: LoadedModel) -> Iterator[None]:
 
 
 def _parts(
-    loaded: LoadedModel,
     updates: Mapping[str, PrefixUpdate | ReparameterisedUpdate],
     shared: Mapping[str, nn.Parameter] | None = None,
 ) -> Parts:
@@ -250,4 +249,4 @@ def restore(
     # Each in memory of its own, which training changes.
     parts = [x.squeeze(1).clone(memory_format=torch.contiguous_format) for x in values.split(1, dim=1)]
     pairs = zip(sites, parts[::2], parts[1::2], strict=True)
-    return config, _parts(loaded, {site.name: PrefixUpdate(keys, of_values) for site, keys, of_values in pairs})
+    return config, _parts({site.name: PrefixUpdate(keys, of_values) for site, keys, of_values in pairs})

@@ -226,6 +226,7 @@ class StepRunner:
             else:
                 out = self._loaded.decoder(position_ids=batch.position_ids, use_cache=False, **options)
                 hidden = out.last_hidden_state
+            # Embeddings that were handed in are needed no more.
             options.clear()
             routers = () if balance is None else out.router_logits
             del out
