@@ -76,6 +76,17 @@ def has_values() -> bool:
     return _pretended is None
 
 
+def split_points(ascending: Tensor, ends: Sequence[int], size: int) -> list[int]:
+    """How many of ascending whole numbers [n], all from 0 to below `size`, lie below each end.
+
+    Without values, as if they were spread evenly.
+    """
+    if _pretended is not None:
+        return [ascending.numel() * end // size for end in ends]
+    found: list[int] = torch.searchsorted(ascending, ascending.new_tensor(ends)).tolist()
+    return found
+
+
 def number(scalar: Tensor) -> float:
     """The value of a tensor of one entry; 0 where tensors have no values."""
     return float(scalar) if _pretended is None else 0.0

@@ -14,6 +14,8 @@ OWN_PREFIX = "EDGEPEFT_"
 OWN_KEY = "edgepeft"
 """Where the config of such a method stands."""
 _BY_TYPE = {method.peft_type or OWN_PREFIX + name.upper(): name for name, method in METHODS.items()}
+# PEFT knows sparse adapters of some sizes alone.
+_BY_TYPE[f"{OWN_PREFIX}SPARSE"] = "sparse"
 
 UNSUPPORTED = {
     "use_qalora": "QALoRA",

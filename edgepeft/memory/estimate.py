@@ -65,8 +65,9 @@ def estimate_training(spec: RunSpec, shape: ModelShape, workload: Workload, targ
             "adapter weights": trained + method.held_bytes(recipe.method, shape),
             "optimizer state": state_bytes(recipe.optimizer.name, tensors.sizes(shape.layers)),
             # Copies that take the base's place are float32, whatever that is held in.
-            "workspace": workspace_bytes(
-                shape, "fp32" if method.needs_dense_base else recipe.precision, recipe.compute_dtype
+            "workspace": max(
+                workspace_bytes(shape, "fp32" if method.needs_dense_base else recipe.precision, recipe.compute_dtype),
+                _formed_bytes(spec, shape),
             ),
         },
     )
@@ -88,7 +89,8 @@ def estimate_training(spec: RunSpec, shape: ModelShape, workload: Workload, targ
     else:
         phases.append(("evaluation", resident, ""))
     # The bytes of the adapter's file exist whole before they are written.
-    phases.append(("save", _sum(resident, {"adapter weights": trained}), "save"))
+    kept = trained + method.saving_bytes(recipe.method, shape)
+    phases.append(("save", _sum(resident, {"adapter weights": kept}), "save"))
     return Breakdown(
         _on_device(phases, target), UNCERTAINTY[target.kind] + (0.0 if is_exact(shape) else UNCERTAINTY_OF_UNKNOWN)
     )
@@ -100,6 +102,15 @@ def workspace_bytes(shape: ModelShape, precision: Precision, compute_dtype: Comp
         return 0
     largest = max(linear.in_features * linear.out_features for linear in shape.linears)
     return ELEMENT_BYTES[compute_dtype] * largest + (NF4_MAP_BYTES if precision == "nf4" else 0)
+
+
+def _formed_bytes(spec: RunSpec, shape: ModelShape) -> int:
+    """The buffer for matrices that the method changes; 0 where it changes none."""
+    config, method = spec.recipe.method, method_of(spec.recipe.method)
+    if not method.forms_matrices(config):
+        return 0
+    largest = max(linear.in_features * linear.out_features for linear in method.targeted(config, shape))
+    return ELEMENT_BYTES[spec.recipe.compute_dtype] * largest
 
 
 def _given(batch: MicroBatchPlan) -> Ledger:

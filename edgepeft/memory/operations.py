@@ -195,7 +195,7 @@ class Operations:
             return [self._rescaled_linear(x, plan) for plan in plans]
         for plan in plans:
             if not (tape.recomputing and plan.ends_layer) or _rescales_output(plan):
-                tape.touch(plan.scratch_bytes)
+                tape.touch(_forming_bytes(plan))
             ys.append(Tensor(tape, plan.out_bytes))
         updates = [plan.update for plan in plans if plan.update is not None] if shared is None else [shared]
         scratches = [plan.scratch_bytes for plan in plans if plan.update is not None] if shared is None else [0]
@@ -214,9 +214,9 @@ class Operations:
             # What multiplies a result lets another gradient through to the frozen product.
             changed = [Tensor(tape, plan.out_bytes) for plan in plans if _rescales_output(plan)]
             if node.inputs[0] is not None:
-                tape.touch(plans[0].scratch_bytes)
+                tape.touch(_forming_bytes(plans[0]))
                 grad_x = Tensor(tape, plans[0].in_bytes)
-                tape.touch(max((plan.scratch_bytes for plan in plans[1:]), default=0))
+                tape.touch(max((_forming_bytes(plan) for plan in plans[1:]), default=0))
             trained: list[Tensor | None] = []
             for update, scratch in zip(updates, scratches, strict=True):
                 tape.touch(max(update.backward_bytes, _beside(scratch, update.forming_backward_bytes)))
@@ -338,6 +338,11 @@ class Operations:
 
 def _rescales_output(plan: LinearPlan) -> bool:
     return plan.update is not None and plan.update.rescales_output
+
+
+def _forming_bytes(plan: LinearPlan) -> int:
+    """What forming the matrix of a linear needs beside the buffer that all linears share."""
+    return plan.scratch_bytes if plan.update is None else max(plan.scratch_bytes, plan.update.adding_bytes)
 
 
 def _beside(scratch: int, held: int | None) -> int:

@@ -21,6 +21,7 @@ from edgepeft.methods.lora import Lora, LoraConfig
 from edgepeft.methods.norm import Norm, NormConfig
 from edgepeft.methods.prefix import Prefix, PrefixConfig
 from edgepeft.methods.prompt import Prompt, PromptConfig
+from edgepeft.methods.sparse import Sparse, SparseConfig
 from edgepeft.methods.terms import Branch, BranchTerms, LinearTerms, Method, PrefixTerms, Trained
 from edgepeft.models.shape import ModelShape
 
@@ -33,6 +34,7 @@ MethodConfig = (
     | BiasConfig
     | PrefixConfig
     | PromptConfig
+    | SparseConfig
     | FullConfig
 )
 
@@ -46,6 +48,7 @@ METHODS: dict[str, Method] = {
     "prefix": Prefix(PrefixConfig),
     "full": Full(FullConfig),
     "prompt": Prompt(PromptConfig),
+    "sparse": Sparse(SparseConfig),
 }
 """Every method by its id."""
 

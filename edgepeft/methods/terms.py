@@ -50,6 +50,8 @@ class LinearTerms(msgspec.Struct, frozen=True):
     """Whether it multiplies what the linear gives, so that the frozen product sees another gradient."""
     rescales_input: bool = False
     """Whether it multiplies the linear's input, which is then made anew and kept beside the first one."""
+    adding_bytes: int = 0
+    """What adding it to the frozen matrix needs, whenever that is formed, beside the buffer of that."""
     first_bytes: int = 0
     """The highest point of what it does once after its tensors have changed, before the rest of its forward."""
     first_forming_bytes: int | None = None
@@ -133,6 +135,14 @@ class Method:
     def held_bytes(self, config: Any, shape: ModelShape) -> int:
         """What its adapter holds beside what it trains."""
         return 0
+
+    def saving_bytes(self, config: Any, shape: ModelShape) -> int:
+        """What writing its file needs beside the bytes of what it trains."""
+        return 0
+
+    def forms_matrices(self, config: Any) -> bool:
+        """Whether it changes the frozen matrices of its linears, so that these are formed whatever they are held in."""
+        return False
 
     def linear_terms(
         self, config: Any, linear: LinearShape, tokens: int, compute_bytes: int, *, training: bool

@@ -171,12 +171,16 @@ def _operations(
 ) -> float:
     """Operations of samples that run `times` times each through every layer, and back through `learning` of them."""
     weights = shape.layers * shape.linear_parameters_per_layer
-    method = method_of(spec.recipe.method)
-    # A copy in place of the base's weights is no further product; its gradients are.
-    replaces = method.needs_dense_base
-    adapter = 0 if replaces else count_parameters(spec.recipe.method, shape)
-    learned = weights if replaces else adapter
-    trains_head = method.trains_tables(spec.recipe.method)
+    config, method = spec.recipe.method, method_of(spec.recipe.method)
+    adapter = learned = count_parameters(config, shape)
+    if method.needs_dense_base:
+        # A copy in place of the base's weights is no further product; its gradients are.
+        adapter, learned = 0, weights
+    elif method.forms_matrices(config):
+        # No product of its own, but the gradients of whole matrices.
+        targeted = method.targeted(config, shape)
+        adapter, learned = 0, shape.layers * sum(linear.in_features * linear.out_features for linear in targeted)
+    trains_head = method.trains_tables(config)
     all_tokens = float((tokens * times).sum())
     # Of causal scores one half is needed: two products of length² / 2 entries for each head's width.
     squares = float((tokens.astype(np.float64) ** 2 * times).sum())

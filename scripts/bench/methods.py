@@ -28,6 +28,8 @@ VARIANTS = {
     "compacter": ["--method", "compacter", "--set", "reduction=8"],
     "ia3": ["--method", "ia3"],
     "norm": ["--method", "norm"],
+    "sparse": ["--method", "sparse", "--set", "density=0.02"],
+    "shira": ["--method", "sparse", "--rank", "16", "--set", "choose=random"],
 }
 """What is compared, and the options that make it."""
 SWAPS = 20

@@ -28,6 +28,7 @@ from edgepeft.methods.ia3 import Ia3Config
 from edgepeft.methods.norm import NormConfig
 from edgepeft.methods.prefix import PrefixConfig
 from edgepeft.methods.prompt import PromptConfig
+from edgepeft.methods.sparse import SparseConfig
 from edgepeft.models.store import ensure_model
 from edgepeft.spec import Layout
 from tiny import write_tiny_model
@@ -49,6 +50,10 @@ CONFIGS: dict[str, Any] = {
     "ia3 of results": Ia3Config(outputs=("q_proj", "gate_proj", "down_proj"), inputs=("o_proj", "up_proj")),
     "norm": NormConfig(),
     "bias": BiasConfig(),
+    "sparse": SparseConfig(density=0.05),
+    "sparse by magnitude": SparseConfig(density=0.02, choose="magnitude", targets=("v_proj", "up_proj")),
+    "sparse as PEFT has it": SparseConfig(rank=2, choose="random", targets=("q_proj", "o_proj", "down_proj")),
+    "every entry": SparseConfig(density=1, targets=("k_proj",)),
     "some biases": BiasConfig(("v_proj", "o_proj")),
     "prefix": PrefixConfig(5),
     "reparameterised prefix": PrefixConfig(5, reparameterised=True, width=24),
@@ -166,6 +171,14 @@ def _hook(
             module.register_forward_pre_hook(lambda module, arguments: (arguments[0] * factors,))
         else:
             change_output(lambda x, y: y * factors)
+    elif kind == "sparse":
+        places = own["sparse_places"].long()
+
+        def changed(x: Tensor, y: Tensor) -> Tensor:
+            change = torch.zeros(module.weight.numel(), dtype=torch.float64).index_add(0, places, own["sparse_values"])
+            return y + strength * x @ change.view_as(module.weight).t()
+
+        change_output(changed)
     elif kind == "bias":
         change_output(lambda x, y: y + strength * own["beft_bias"])
     elif kind == "norm":

@@ -21,6 +21,7 @@ from edgepeft.methods.ia3 import Ia3Config
 from edgepeft.methods.norm import NormConfig
 from edgepeft.methods.prefix import PrefixConfig
 from edgepeft.methods.prompt import PromptConfig
+from edgepeft.methods.sparse import SparseConfig
 from edgepeft.models.store import ModelEntry
 from edgepeft.runs.control import request
 from edgepeft.runs.events import Finished, Started, StepDone
@@ -41,6 +42,8 @@ CONFIGS: dict[str, Any] = {
     "reparameterised prefix": PrefixConfig(8, reparameterised=True, width=32),
     "full": FullConfig(),
     "prompt": PromptConfig(8, "text", "Repeat the number."),
+    "sparse": SparseConfig(density=0.05),
+    "sparse as PEFT has it": SparseConfig(rank=4),
 }
 
 

@@ -31,6 +31,14 @@ def test_the_longest_name_of_a_linear_counts() -> None:
     assert config.rank_of("model.layers.0.self_attn.eq_proj") == 4
 
 
+def test_entries_are_counted_by_density_or_as_lora_of_a_rank_has_them() -> None:
+    assert count_parameters(make_config("sparse", {"rank": 4}), SHAPE) == count_parameters(LoraConfig(rank=4), SHAPE)
+    weights = SHAPE.layers * SHAPE.linear_parameters_per_layer
+    assert count_parameters(make_config("sparse", {"density": "1"}), SHAPE) == weights
+    few = make_config("sparse", {"density": "0.25", "targets": "q_proj, v_proj"})
+    assert count_parameters(few, SHAPE) == SHAPE.layers * (64 * 64 + 32 * 64) // 4
+
+
 @pytest.mark.parametrize(
     ("method", "settings", "message"),
     [
@@ -42,6 +50,18 @@ def test_the_longest_name_of_a_linear_counts() -> None:
         ("lora", {"ranks": "k_proj:33"}, "ranks: rank 33 exceeds the smaller dimension 32 of self_attn.k_proj"),
         ("lora", {"rank": "33"}, "rank: rank 33 exceeds the smaller dimension 32 of self_attn.k_proj"),
         ("lora", {"dora": "perhaps"}, "--set dora"),
+        ("bias", {}, "method: this model's linear layers have no biases"),
+        ("sparse", {"density": "0"}, "density: a density of 0 is not possible"),
+        ("sparse", {"density": "1.1"}, "density: a density of 1.1 is not possible"),
+        ("sparse", {"density": "nan"}, "density: a density of nan is not possible"),
+        ("sparse", {"rank": "-1"}, "rank: a rank of -1 is not possible"),
+        (
+            "sparse",
+            {"rank": "22"},
+            "rank: rank 22 stands for 2,112 entries, and self_attn.k_proj has 2,048. Use at most 21",
+        ),
+        ("sparse", {"targets": "wo"}, "targets: target 'wo' matches no linear layer"),
+        ("sparse", {"choose": "luck"}, "--set choose"),
     ],
 )
 def test_what_cannot_be_meant_is_refused_in_one_line(method: str, settings: dict[str, Any], message: str) -> None:

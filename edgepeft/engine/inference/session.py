@@ -185,9 +185,10 @@ class Session:
             name = f"adapter-{self._count}"
             adapter = read_adapter(Path(folder), self.loaded, name)
             for parameter in adapter.named_parameters().values():
-                # Products would cast it at every token; nothing is trained here.
                 parameter.requires_grad_(False)
-                parameter.data = parameter.data.to(DTYPES[self.loaded.compute_dtype])
+                if parameter.dim() > 1:
+                    # Products would cast it at every token; nothing is trained here.
+                    parameter.data = parameter.data.to(DTYPES[self.loaded.compute_dtype])
             known = (state, name)
         self._adapters[folder] = known
         return known[1]

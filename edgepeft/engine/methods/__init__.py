@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from edgepeft.engine.methods import bias, bottleneck, compacter, full, ia3, lora, norm, prefix, prompt
+from edgepeft.engine.methods import bias, bottleneck, compacter, full, ia3, lora, norm, prefix, prompt, sparse
 from edgepeft.engine.methods.adapter import PEFT_PREFIX, AttachedAdapter, Parts, Update, check_tensors
 from edgepeft.engine.methods.targets import resolve_targets
 from edgepeft.engine.model.load import LoadedModel
@@ -62,6 +62,7 @@ ENGINE_METHODS: dict[str, EngineMethod] = {
     "prefix": prefix,
     "full": full,
     "prompt": prompt,
+    "sparse": sparse,
 }
 """Every method's tensors by its id; the ids are those of edgepeft.methods.METHODS."""
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Container, Mapping
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,15 @@ class Update(Protocol):
 
     def named_tensors(self) -> Mapping[str, nn.Parameter]:
         """Its own trainable tensors, float32, by the end of their names in a file."""
+        ...
+
+
+@runtime_checkable
+class HasPlaces(Protocol):
+    """An update whose trained values stand in places that do not change in training."""
+
+    def named_places(self) -> Mapping[str, Tensor]:
+        """Its places, int32, by the end of their names."""
         ...
 
 
@@ -54,15 +63,30 @@ class AttachedAdapter:
         }
         return own | self.shared
 
+    def named_places(self) -> dict[str, Tensor]:
+        """The places of values, int32, named like parameters; most methods have none."""
+        return {
+            f"{site}.{name}": places
+            for site, update in self.updates.items()
+            if isinstance(update, HasPlaces)
+            for name, places in update.named_places().items()
+        }
+
     def state_dict(self) -> dict[str, Tensor]:
-        """The values of `named_parameters`, sharing their memory."""
-        return {name: parameter.detach() for name, parameter in self.named_parameters().items()}
+        """The values of `named_parameters` and `named_places`, sharing their memory."""
+        trained = {name: parameter.detach() for name, parameter in self.named_parameters().items()}
+        return trained | self.named_places()
 
     def file_tensors(self) -> dict[str, Tensor]:
-        """What stands in adapter_model.safetensors, by key."""
+        """What stands in adapter_model.safetensors, by key; on the CPU, float32 or whole numbers."""
         if self._written is not None:
-            return dict(self._written())
-        return {PEFT_PREFIX + name: value for name, value in self.state_dict().items()}
+            tensors = self._written()
+        else:
+            tensors = {PEFT_PREFIX + name: value for name, value in self.state_dict().items()}
+        return {
+            key: (value.float() if value.is_floating_point() else value).cpu().contiguous()
+            for key, value in tensors.items()
+        }
 
     def load_state_dict(self, values: Mapping[str, Tensor]) -> None:
         """Copies values of the same names and shapes into the parameters.
@@ -70,19 +94,26 @@ class AttachedAdapter:
         Raises:
             BadInput: a tensor is missing, unknown, of another shape, or not finite; nothing is changed then.
         """
-        own = self.named_parameters()
-        check_tensors(values, {name: tuple(parameter.shape) for name, parameter in own.items()})
+        own = self.state_dict()
+        check_tensors(values, {name: tuple(tensor.shape) for name, tensor in own.items()}, whole=self.named_places())
         with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(values[name])
+            for name, tensor in own.items():
+                tensor.copy_(values[name])
 
     def changed(self) -> list[ChangedParameter]:
         """Every parameter that this adapter adds or changes, by its key in adapter_model.safetensors."""
         return [ChangedParameter(name=key, shape=tuple(value.shape)) for key, value in self.file_tensors().items()]
 
 
-def check_tensors(values: Mapping[str, Tensor], expected: Mapping[str, tuple[int, ...]], *, where: str = "") -> None:
-    """Checks that `values` has exactly the expected names and shapes, all entries finite.
+def check_tensors(
+    values: Mapping[str, Tensor],
+    expected: Mapping[str, tuple[int, ...]],
+    *,
+    whole: Container[str] = (),
+    where: str = "",
+) -> None:
+    """Checks that `values` has exactly the expected names and shapes, all entries finite; whole numbers where `whole`
+    has the name.
 
     Raises:
         BadInput: naming the first tensor that is wrong.
@@ -96,7 +127,10 @@ def check_tensors(values: Mapping[str, Tensor], expected: Mapping[str, tuple[int
             found = "×".join(map(str, value.shape))
             wanted = "×".join(map(str, shape))
             raise BadInput(f"tensor {name} is {found}, this model needs {wanted}", where=where, hint=hint)
-        if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
+        if name in whole:
+            if value.is_floating_point() or value.dtype == torch.bool:
+                raise BadInput(f"tensor {name} holds no whole numbers", where=where, hint=hint)
+        elif not value.is_floating_point() or not bool(torch.isfinite(value).all()):
             raise BadInput(f"tensor {name} holds values that are not finite numbers", where=where, hint="Train it anew")
     for name in values:
         if name not in expected:

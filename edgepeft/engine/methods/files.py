@@ -37,7 +37,7 @@ def save_adapter(folder: Path, adapter: AttachedAdapter, base_name: str) -> None
     Raises:
         DiskProblem: no space, or no permission.
     """
-    tensors = {key: value.float().cpu().contiguous() for key, value in adapter.file_tensors().items()}
+    tensors = adapter.file_tensors()
     # The weights go first: a folder with a config is a folder that can be read.
     write_atomic(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
     write_atomic(folder / CONFIG_FILE, json.dumps(peft_config(adapter, base_name), indent=2, sort_keys=True) + "\n")

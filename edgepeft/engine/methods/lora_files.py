@@ -57,7 +57,7 @@ def settings_of(adapter: AttachedAdapter) -> dict[str, Any]:
         "lora_alpha": config.alpha,
         "lora_dropout": config.dropout,
         "use_rslora": config.rank_stabilised,
-        "target_modules": _target_modules(adapter),
+        "target_modules": target_modules(adapter),
         "rank_pattern": {module: rank for module, rank in ranks.items() if rank != config.rank},
         "alpha_pattern": {
             module: alpha for module, alpha in alphas.items() if not math.isclose(alpha, config.alpha, rel_tol=1e-9)
@@ -103,7 +103,7 @@ def read_modules(
     return msgspec.structs.replace(config, ranks=ranks), found
 
 
-def _target_modules(adapter: AttachedAdapter) -> list[str]:
+def target_modules(adapter: AttachedAdapter) -> list[str]:
     """PEFT's `all-linear` reaches further than ours, so what it stands for is written out."""
     config: Any = adapter.config
     if "all-linear" not in config.targets:

@@ -64,11 +64,12 @@ def load_values(adapter: AttachedAdapter, tensors: Mapping[str, Tensor], folder:
     Raises:
         BadInput: one is missing, unknown, misshaped or not finite.
     """
-    own = adapter.named_parameters()
+    own = adapter.state_dict()
     by_ending = {from_layers(name): name for name in own}
     values = {}
     for key, value in tensors.items():
         name = key.removeprefix(PEFT_PREFIX)
         values[name if name in own else by_ending.get(from_layers(name), name)] = value
-    check_tensors(values, {name: tuple(x.shape) for name, x in own.items()}, where=str(folder / WEIGHTS_FILE))
+    shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+    check_tensors(values, shapes, whole=adapter.named_places(), where=str(folder / WEIGHTS_FILE))
     adapter.load_state_dict(values)

@@ -173,7 +173,7 @@ class _Run:
     def save(self) -> None:
         """The tensors that go into the adapter's file, as it is written."""
         with counting_as("adapter weights", "save"):
-            tensors = [value.float().cpu().contiguous() for value in self._adapter.file_tensors().values()]
+            tensors = list(self._adapter.file_tensors().values())
             # The file's bytes exist whole before they are written.
             torch.empty(sum(tensor.nbytes for tensor in tensors), dtype=torch.uint8)
 

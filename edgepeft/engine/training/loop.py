@@ -177,6 +177,8 @@ class Training:
         self._requests = requests
         self.energy = EnergyAccount(plan.spec.device)
         self.adapter = attach(loaded, "training", self._recipe.method, self._recipe.seed)
+        self.starts_anew = self._recipe.parent is None
+        """Whether nothing was trained before this process."""
         set_active(loaded, [(self.adapter.name, 1.0)])
         self.update = AdapterUpdate(self.adapter.named_parameters(), self._recipe.optimizer, accelerator)
         account.follow(loaded, self.update)
@@ -224,6 +226,7 @@ class Training:
 
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes on where `checkpoint` was written."""
+        self.starts_anew = False
         check_same_tokens(checkpoint.position.data_key, self.position.data_key, self._recipe)
         self.adapter.load_state_dict(checkpoint.adapter)
         self.update.restore(checkpoint.optimizer, checkpoint.scaler)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from edgepeft.engine.kernels import target_of
+from edgepeft.engine.training.choosing import choose_entries
 from edgepeft.engine.training.ending import reason_to_end
 from edgepeft.engine.training.memory import Size
 from edgepeft.engine.training.probe import choose_trials, step_bytes, try_micro_batch
@@ -47,6 +48,7 @@ def prepare(training: Training, smaller: Cause | None = None) -> bool:
     _let_gauge_compare(training)
     training.unfreezing.train_all()
     try:
+        choose_entries(training)
         _create_state(training)
         if smaller is not None:
             _begin_smaller(training, smaller)
