@@ -98,6 +98,29 @@ def write_tokenizer(folder: Path, *, template: str | None = CHATML) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
 
 
+def write_split_tokenizer(folder: Path) -> None:
+    """Byte-level BPE with one merge, digits apart: what llama.cpp calls smollm."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:255]
+    vocab = {text: index for index, text in enumerate([*alphabet, "ĠĠ"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[("Ġ", "Ġ")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    settings = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": SPECIAL[0],
+        "eos_token": SPECIAL[2],
+        "pad_token": SPECIAL[3],
+        "model_max_length": 512,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
 def write_tiny_model(
     folder: Path, *, seed: int = 0, template: str | None = CHATML, biased: bool = False, **changes: Any
 ) -> Path:

@@ -181,8 +181,7 @@ def choose_prompting(
             warnings.append("the adapter was trained with another chat template than the one given: answers may suffer")
     elif trained is not None and card is not None:
         used = ChatTemplate({"default": trained.text}, tokenizer.special_tokens, name="the adapter's template")
-        own = _own_template(folder)
-        if own is not None and _frozen_text(own, card) != trained.text:
+        if _own_template(folder) is not None and other_template(entry, card) is not None:
             warnings.append(
                 "the base's chat template is not the one that the adapter was trained with; the trained one is used"
             )
@@ -197,6 +196,15 @@ def choose_prompting(
     stops = dict.fromkeys([*(trained.stop_token_ids if trained else ()), *tokenizer.stop_token_ids(used)])
     system = card.system if card else None
     return Prompting(tokenizer, used, tuple(stops), system, tuple(warnings))
+
+
+def other_template(entry: ModelEntry, card: Card) -> str | None:
+    """The chat template that an adapter was trained with, where it is another than its base's or the base has none."""
+    if card.template is None:
+        return None
+    own = _own_template(Path(entry.folder))
+    same = own is not None and _frozen_text(own, card) == card.template.text
+    return None if same else card.template.text
 
 
 def encode_conversation(messages: Sequence[dict[str, str]], prompting: Prompting) -> list[int]:

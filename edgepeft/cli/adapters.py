@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgepeft.cli import combine
+from edgepeft.cli import combine, merge
 from edgepeft.cli.output import JsonFlag, line, note, print_json, row, table
 from edgepeft.cli.output import console as out
 
@@ -15,9 +15,13 @@ if TYPE_CHECKING:
     from edgepeft.library.card import Card
     from edgepeft.library.store import AdapterFolder
 
-app = typer.Typer(no_args_is_help=True, help="List, show, import, combine, roll back and remove adapters.")
+app = typer.Typer(
+    no_args_is_help=True, help="List, show, import, combine, merge, export, roll back and remove adapters."
+)
 app.command("compose")(combine.compose)
 app.command("average")(combine.average)
+app.command("merge")(merge.merge)
+app.command("export")(merge.export)
 
 Reference = Annotated[str, typer.Argument(help="NAME, NAME@v2 or a folder.")]
 

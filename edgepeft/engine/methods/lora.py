@@ -136,6 +136,11 @@ class LoraUpdate(LinearUpdate):
         grad_B = (g.t() @ inner).to(self.B.dtype).mul_(factor)
         return (g_inner.t() @ seen).to(self.A.dtype), grad_B
 
+    def merge_into(self, values: Tensor, rows: slice) -> None:
+        """Adds these rows of s·B·A to the same rows of W, `values` of float32 [rows, in], in place."""
+        with torch.no_grad():
+            values.addmm_(self.B[rows].float(), self.A.float(), alpha=self.factor)
+
     def together(self, uses: Sequence[Use]) -> _SharedLora | None:
         """Products with all A at once, where nothing is dropped from their input."""
         updates = [use.update for use in uses if isinstance(use.update, LoraUpdate)]

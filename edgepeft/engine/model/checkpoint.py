@@ -94,7 +94,7 @@ def take_weight(linear: Any, precision: Precision, workspace: Workspace) -> Froz
     weight: Any = linear.weight
     state = getattr(weight, "quant_state", None)
     if state is not None:
-        four_bit = _four_bit(weight.data, state, workspace)
+        four_bit = four_bit_weight(weight.data, state, workspace)
         return four_bit if precision == "nf4" else dense_values(four_bit)
     if weight.dtype == torch.int8:
         scales = weight.SCB if getattr(weight, "SCB", None) is not None else linear.state.SCB
@@ -110,7 +110,7 @@ def dense_values(weight: FrozenWeight) -> Tensor:
     return weight.materialize(torch.empty(weight.shape, dtype=torch.float32, device=weight.device))
 
 
-def _four_bit(data: Tensor, state: Any, workspace: Workspace) -> Nf4Weight:
+def four_bit_weight(data: Tensor, state: Any, workspace: Workspace) -> Nf4Weight:
     """bitsandbytes' own packed data and QuantState, moved into memory of our own."""
 
     def own(tensor: Tensor) -> Tensor:

@@ -25,6 +25,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from edgepeft.engine.model.gguf_metadata import (
+    attention_settings,
     gguf_value,
     rope_parameters,
     write_generation_config,
@@ -111,6 +112,8 @@ def _read_config(source: Path, reader: GGUFReader, architecture: str) -> tuple[P
         config.vocab_size = rows
     if expert_width := gguf_value(reader, f"{architecture}.expert_feed_forward_length"):
         config.moe_intermediate_size = int(expert_width)
+    for name, value in attention_settings(reader, architecture, config).items():
+        setattr(config, name, value)
     if (rope := rope_parameters(reader, architecture, config)) is not None:
         config.rope_parameters = rope
     return config, processor

@@ -16,6 +16,7 @@ from edgepeft.errors import BadInput
 # Vocabularies whose merges were learned with every digit apart; transformers splits them as GPT-2 does.
 _DIGIT_SPLITTERS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
 _LLAMA3_ORIGINAL_CONTEXT = 8192
+_SOFT_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 
 
 def gguf_value(reader: GGUFReader, key: str) -> Any:
@@ -55,6 +56,22 @@ def rope_parameters(reader: GGUFReader, architecture: str, config: PretrainedCon
         # Gemma 3 scales its global layers only.
         return base | {"full_attention": base["full_attention"] | scaling}
     return base | scaling
+
+
+def attention_settings(reader: GGUFReader, architecture: str, config: PretrainedConfig) -> dict[str, Any]:
+    """What transformers leaves at its defaults: the width of a head, and Gemma's soft caps and scale of scores."""
+    found: dict[str, Any] = {}
+    head_dim = gguf_value(reader, f"{architecture}.attention.key_length")
+    if head_dim and hasattr(config, "head_dim"):
+        found["head_dim"] = int(head_dim)
+    if architecture in ("gemma2", "gemma3") and head_dim:
+        for name in _SOFT_CAPS:
+            if (cap := gguf_value(reader, f"{architecture}.{name}")) is not None:
+                found[name] = float(cap)
+        # No file says the scale; llama.cpp tells the 27B models, which have another, by their number of layers.
+        largest = config.num_hidden_layers == (62 if architecture == "gemma3" else 46)
+        found["query_pre_attn_scalar"] = config.hidden_size // config.num_attention_heads if largest else int(head_dim)
+    return found
 
 
 def _llama3_scaling(divisors: np.ndarray, theta: float) -> dict[str, Any]:

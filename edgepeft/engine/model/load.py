@@ -230,7 +230,7 @@ def _load(
     workspace = Workspace(device, dtype)
     model, merged = open_checkpoint(entry, dtype)
     model.requires_grad_(False)
-    linears = _linears_of(model, decoder_layers(inner_decoder(model)))
+    linears = linears_of(model, decoder_layers(inner_decoder(model)))
     shapes = {path: _shape(getattr(parent, child)) for parent, child, path, _ in linears}
     with contextlib.ExitStack() as files:
         stored = open_copy(entry, precision, shapes, workspace) if use_copy else None
@@ -292,7 +292,7 @@ def take_over(
     """
     device, dtype = workspace.device, DTYPES[compute_dtype]
     layers = decoder_layers(inner_decoder(model))
-    targets = _linears_of(model, layers)
+    targets = linears_of(model, layers)
     what = f"loading {name}" if storing is None else f"loading {name}, storing {precision}"
     taken = 0
     for done, (parent, child, path, layer) in enumerate(targets):
@@ -321,7 +321,7 @@ def take_over(
             f"{type(model).__name__} has no linear layers that adapters can be put on", where=name, hint=_ANOTHER_MODEL
         )
     mark_place("loading embeddings and head")
-    _unpack_others(model, compute_dtype, device, workspace)
+    unpack_others(model, compute_dtype, device, workspace)
     _take_over_rest(model, device, dtype, merged)
     fuse(model)
 
@@ -349,7 +349,7 @@ def decoder_layers(decoder: nn.Module) -> list[nn.Module]:
     return list(longest)
 
 
-def _linears_of(model: PreTrainedModel, layers: list[nn.Module]) -> list[tuple[nn.Module, str, str, int]]:
+def linears_of(model: PreTrainedModel, layers: list[nn.Module]) -> list[tuple[nn.Module, str, str, int]]:
     """(parent, attribute, path, number of the layer from 1) of each linear in the decoder layers."""
     inside = {id(module): number for number, layer in enumerate(layers, 1) for module in layer.modules()}
     return [
@@ -372,7 +372,7 @@ def _frozen(
     return freeze(taken, precision, compute_dtype, device, workspace) if isinstance(taken, Tensor) else taken
 
 
-def _unpack_others(
+def unpack_others(
     model: PreTrainedModel, compute_dtype: ComputeDtype, device: torch.device, workspace: Workspace
 ) -> None:
     """Quantized linears outside of the decoder layers (a head, a router) become plain ones in the compute dtype."""

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -19,6 +19,11 @@ DTYPE_NAMES = {
     torch.float32: "F32",
     torch.uint8: "U8",
     torch.int8: "I8",
+    torch.float64: "F64",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.bool: "BOOL",
 }
 """What safetensors calls the dtypes that are written here."""
 
@@ -79,6 +84,28 @@ class SafetensorsStream:
         content = tensor.to(self._dtypes[name]).contiguous().reshape(-1).view(torch.uint8)
         self._file.seek(self._offsets[name])
         self._file.write(content.numpy().data)
+        self._missing.discard(name)
+
+    def write_parts(self, name: str, parts: Iterable[torch.Tensor]) -> None:
+        """Writes a tensor that comes in parts along its first dimension, in their order, on the CPU.
+
+        Raises:
+            ValueError: the name was not announced, or the parts are not all of the tensor.
+        """
+        if self._file is None or name not in self._missing:
+            raise ValueError(f"tensor {name} was not announced, or is there already")
+        shape, dtype = self._shapes[name], self._dtypes[name]
+        self._file.seek(self._offsets[name])
+        entries = 0
+        for part in parts:
+            if tuple(part.shape[1:]) != shape[1:]:
+                raise ValueError(f"a part of tensor {name} has shape {tuple(part.shape)}, announced was {shape}")
+            entries += part.numel()
+            if entries > math.prod(shape):
+                raise ValueError(f"tensor {name} has more parts than the announced {shape}")
+            self._file.write(part.to(dtype).contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        if entries != math.prod(shape):
+            raise ValueError(f"{entries} entries of tensor {name} came, announced was {shape}")
         self._missing.discard(name)
 
     def __exit__(
