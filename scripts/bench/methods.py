@@ -30,8 +30,12 @@ VARIANTS = {
     "norm": ["--method", "norm"],
     "sparse": ["--method", "sparse", "--set", "density=0.02"],
     "shira": ["--method", "sparse", "--rank", "16", "--set", "choose=random"],
+    "full": ["--method", "full"],
+    "lora, unfrozen": ["--method", "lora", "--rank", "16", "--unfreeze", "0.5"],
 }
 """What is compared, and the options that make it."""
+DENSE_ALONE = ("full",)
+"""Those that need an unquantized base."""
 SWAPS = 20
 ANSWER_TOKENS = 80
 """Longer than any right answer."""
@@ -90,7 +94,7 @@ def measure(name, precision, task, train_file, held_out):
     from edgepeft.library.store import resolve_adapter
     from edgepeft.models.store import ensure_model
 
-    adapter = f"bench-{name}-{precision}"
+    adapter = f"bench-{name.replace(', ', '-')}-{precision}"
     finished = edgepeft(
         *("train", task.model, str(train_file), "--name", adapter, "--precision", precision, *VARIANTS[name]),
         *("--eval-data", str(held_out), "--eval-every", "0", "--micro-batch-tokens", "1024"),
@@ -149,6 +153,8 @@ def main(arguments):
         train_file, held_out = demo_files(task.seed)
         for precision in task.precisions:
             for name in task.methods:
+                if name in DENSE_ALONE and precision in ("nf4", "int8"):
+                    continue
                 rows.append(measure(name, precision, task, train_file, held_out))
                 print(f"{name}, {precision}: {rows[-1]['field_accuracy']:.1%} of fields right", file=sys.stderr)
                 if task.json:
