@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from edgepeft.chat.protocol import AdapterUse
+from edgepeft.engine.inference.session import Session
 from edgepeft.engine.methods import ENGINE_METHODS, AttachedAdapter, attach, detach, set_active
 from edgepeft.engine.methods.files import read_adapter, save_adapter
 from edgepeft.engine.model.load import LoadedModel, load_model
@@ -310,6 +312,24 @@ def test_saving_and_loading_keeps_every_bit(tiny_model: Path, tmp_path: Path, co
     assert state.keys() == read.file_tensors().keys()
     assert all(torch.equal(value, state[name]) for name, value in read.file_tensors().items())
     assert torch.equal(logits_of(loaded, ("b", 1.0)), expected)
+
+
+@each_method
+def test_a_chat_gets_what_was_saved(tiny_model: Path, tmp_path: Path, config: Any) -> None:
+    loaded = load(tiny_model, "nf4", "bf16")
+    adapter = attach(loaded, "a", config, seed=1)
+    fill(adapter)
+    base, expected = logits_of(loaded), logits_of(loaded, ("a", 0.7))
+    save_adapter(tmp_path / "saved", adapter, "tiny")
+    session, use = Session(loaded), AdapterUse(folder=str(tmp_path / "saved"), scale=0.7)
+    for _ in range(2):
+        session.activate([use])
+        with torch.inference_mode():
+            found = loaded.model(IDS).logits
+        # The chat rounds matrices to bfloat16, as products do.
+        assert float((found - expected).norm()) < 0.03 * float((expected - base).norm())
+        session.activate([])
+        assert torch.equal(logits_of(loaded), base)
 
 
 @each_method

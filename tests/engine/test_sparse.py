@@ -151,6 +151,22 @@ def test_gradients_in_blocks_are_those_of_the_whole(monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(found, (g.t() @ x).view(-1)[places.long()], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize(("precision", "compute"), [("fp32", "fp32"), ("bf16", "bf16"), ("nf4", "bf16")])
+def test_few_rows_are_multiplied_without_a_dense_sum(tiny_model: Path, precision: Any, compute: Any) -> None:
+    loaded = load(tiny_model, precision, compute)
+    adapter = attach(loaded, "a", SparseConfig(density=0.1), seed=1)
+    move(adapter.named_parameters().values())
+    set_active(loaded, [("a", 0.5)])
+    for linear in list(loaded.linears().values())[:7]:
+        x = torch.randn(9, linear.in_features, generator=torch.Generator().manual_seed(0)).to(loaded.workspace.dtype)
+        with torch.inference_mode():
+            whole, formed = linear.alone(x), loaded.workspace.nbytes
+            few = torch.cat([linear.alone(x[:1]), linear.alone(x[1:4]), linear.alone(x[4:5].view(1, 1, -1))[0]])
+        assert loaded.workspace.nbytes == formed
+        tolerance = 1e-5 if compute == "fp32" else 1e-2
+        assert float((few - whole[:5]).norm()) < tolerance * float(whole.norm())
+
+
 # Files ----------------------------------------------------------------------------------------------------------------
 
 

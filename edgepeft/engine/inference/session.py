@@ -186,8 +186,8 @@ class Session:
             adapter = read_adapter(Path(folder), self.loaded, name)
             for parameter in adapter.named_parameters().values():
                 parameter.requires_grad_(False)
-                if parameter.dim() > 1:
-                    # Products would cast it at every token; nothing is trained here.
+                if parameter.dim() > 1 and min(parameter.shape) > 1:
+                    # Products would cast a matrix at every token; nothing is trained here.
                     parameter.data = parameter.data.to(DTYPES[self.loaded.compute_dtype])
             known = (state, name)
         self._adapters[folder] = known

@@ -144,7 +144,8 @@ class DoraUpdate(LinearUpdate):
         now = (self.A._version, self.B._version, factor)
         if now == self._formed_for:
             return
-        A, B = self.A.detach(), self.B.detach()
+        # In chat they may be in the compute dtype.
+        A, B = self.A.detach().float(), self.B.detach().float()
         # [rank, out]
         across = self._weight.matmul(A.to(dtype)).to(B.dtype)
         across.mul_(2).addmm_(A @ A.t(), B.t(), alpha=factor)

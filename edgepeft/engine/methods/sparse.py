@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -63,7 +63,7 @@ class SparseUpdate(LinearUpdate):
 
     def replace(self, weight: FrozenWeight, bias: Tensor | None, scale: float) -> tuple[FrozenWeight, Tensor | None]:
         """W + s S."""
-        return AddedWeight(weight, partial(self._add, scale=scale), self._workspace), bias
+        return AddedWeight(weight, _Scaled(self, scale), self._workspace), bias
 
     def add_backward(
         self, x: Tensor | None, g: Tensor, grad_x: Tensor | None, scale: float, kept: tuple[Tensor, ...]
@@ -93,14 +93,29 @@ class SparseUpdate(LinearUpdate):
             self.places.copy_(found)
         self.chooses = False
 
-    def _add(self, dense: Tensor, scale: float) -> None:
-        values = self.values.detach().to(dense.dtype)
-        dense.view(-1).index_add_(0, self.places, values, alpha=scale)
-
     def _blocks_now(self) -> list[Block]:
         if self._blocks_for != self.places._version:
             self._blocks, self._blocks_for = blocks_of(self.shape, self.places), self.places._version
         return self._blocks
+
+
+class _Scaled(NamedTuple):
+    """The values of an update, times a strength; see `Addition`."""
+
+    update: SparseUpdate
+    scale: float
+
+    def add_to(self, dense: Tensor) -> None:
+        """To [out, in]."""
+        values = self.update.values.detach().to(dense.dtype)
+        dense.view(-1).index_add_(0, self.update.places, values, alpha=self.scale)
+
+    def add_product(self, x: Tensor, y: Tensor) -> None:
+        """To y [rows, out], for x [rows, in]; summed up in float32."""
+        columns, values = self.update.shape[1], self.update.values.detach()
+        each = x.index_select(1, self.update.places % columns) * values
+        sums = torch.zeros(y.shape, dtype=each.dtype, device=y.device)
+        y += sums.index_add_(1, self.update.places // columns, each, alpha=self.scale)
 
 
 def build(loaded: LoadedModel, config: SparseConfig, seed: int) -> Parts:

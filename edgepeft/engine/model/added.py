@@ -2,40 +2,54 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgepeft.engine.kernels import target_of
 from edgepeft.engine.model.frozen import FrozenWeight, Workspace
 from edgepeft.memory.breakdown import Category
 
+FEW_ROWS = 4
+"""Rows of an input up to which forming the sum costs more than adding to the product."""
+
+
+class Addition(Protocol):
+    """What is added to a matrix."""
+
+    def add_to(self, dense: Tensor) -> None:
+        """Adds it to [out, in] in place."""
+        ...
+
+    def add_product(self, x: Tensor, y: Tensor) -> None:
+        """Adds its product with x [rows, in] to y [rows, out] in place."""
+        ...
+
 
 class AddedWeight:
-    """W and what `add` adds to it, see `FrozenWeight`; formed anew for each product, held by nobody.
+    """W and an addition, see `FrozenWeight`; formed anew for each product, held by nobody.
 
     Args:
         weight: W.
-        add: adds to a dense [out, in] in place.
+        addition: to it.
         workspace: where the sum is formed.
     """
 
-    def __init__(self, weight: FrozenWeight, add: Callable[[Tensor], None], workspace: Workspace) -> None:
+    def __init__(self, weight: FrozenWeight, addition: Addition, workspace: Workspace) -> None:
         self.shape = weight.shape
         self.device = weight.device
         self._weight = weight
-        self._add = add
+        self._addition = addition
         self._workspace = workspace
 
     def matmul(self, x: Tensor) -> Tensor:
-        """`x @ W.T`."""
-        values = self._formed()
-        if target_of(x.device).kind == "cpu" and x.element_size() == 2 and x.numel() == x.shape[-1]:
-            # As a dense weight does it.
-            return torch.mv(values, x.reshape(-1)).view(*x.shape[:-1], -1)
-        return F.linear(x, values)
+        """`x @ W.T`; for few rows, as when a chat answers, the sum is not formed."""
+        if x.numel() > FEW_ROWS * x.shape[-1]:
+            return F.linear(x, self._formed())
+        y = self._weight.matmul(x)
+        self._addition.add_product(x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1]))
+        return y
 
     def matmul_transposed(self, g: Tensor) -> Tensor:
         """`g @ W`."""
@@ -47,7 +61,7 @@ class AddedWeight:
 
     def materialize(self, out: Tensor) -> Tensor:
         """Writes the sum into `out`."""
-        self._add(self._weight.materialize(out))
+        self._addition.add_to(self._weight.materialize(out))
         return out
 
     def prefetch(self) -> None:
