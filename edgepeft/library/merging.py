@@ -144,6 +144,12 @@ def check_mergeable(adapter: AdapterFolder) -> None:
             where=where,
             hint="Use it beside its base, as chat does",
         )
+    if method != "lora" or adapter.config.get("use_dora"):
+        raise BadInput(
+            f"merging and exporting take plain LoRA, and this is {'DoRA' if method == 'lora' else f'of {method}'}",
+            where=where,
+            hint="Use it beside its base, as chat does",
+        )
 
 
 def choose_into(adapter: AdapterFolder, wanted: str | None) -> IntoChoice:

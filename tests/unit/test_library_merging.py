@@ -98,8 +98,9 @@ def test_too_much_drift_is_refused_unless_forced() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"use_dora": True}, "uses DoRA"),
-        ({"peft_type": "IA3"}, "IA3"),
+        ({"peft_type": "IA3"}, "take plain LoRA, and this is of ia3"),
+        ({"peft_type": "PREFIX_TUNING"}, "of the method prefix cannot become part"),
+        ({"use_dora": True}, "take plain LoRA, and this is DoRA"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "all"}, "biases"),
     ],
@@ -301,10 +302,10 @@ def told(*arguments: str) -> str:
         (["merge", "{made}", "--out", "{tmp}/o", "--base", "other"], BadInput, r"was trained on tiny .*not on other"),
         (["merge", "{made}", "--out", "{tmp}/o", "--base", "gone"], BadInput, "gone"),
         (["merge", "{made}", "--out", "{tmp}/o", "--prompts", "{tmp}/none.txt"], BadInput, "no such file"),
-        (["merge", "{dora}", "--out", "{tmp}/o"], BadInput, "uses DoRA"),
+        (["merge", "{dora}", "--out", "{tmp}/o"], BadInput, "this is DoRA"),
         (["export", "{made}", "--out", "{tmp}/o", "--format", "onnx"], UsageError, "Known: peft, gguf"),
         (["export", "{made}", "--out", "{tmp}/o", "--format", "gguf"], UsageError, "no name of a GGUF file"),
-        (["export", "{dora}", "--out", "{tmp}/o", "--format", "peft"], BadInput, "uses DoRA"),
+        (["export", "{dora}", "--out", "{tmp}/o", "--format", "peft"], BadInput, "this is DoRA"),
         (["export", "nobody", "--out", "{tmp}/o", "--format", "peft"], BadInput, "no adapter is called"),
     ],
 )
