@@ -55,6 +55,9 @@ class Prefix(Method):
     peft_type = "PREFIX_TUNING"
     adds = "trained keys and values before every sample"
     merges = False
+    # Of 1, 5, 20 and 50 times LoRA's, the best on the embedded model's alerts, and still P-tuning v2's 1e-2 at width
+    # 4,096 (arXiv 2110.07602).
+    rate = 50.0
 
     def trained(self, config: PrefixConfig, shape: ModelShape) -> Trained:
         """Keys and values of a layer; or the maps that make them, of which each layer has its part of the last.

@@ -49,8 +49,13 @@ class Space:
         self.ranks = self._possible_ranks()
         # 0 alone for a method whose size memory does not decide.
         self.samples_per_step = self._samples_per_step()
+        config, method = self.method(self.ranks[-1]), METHODS[self.method_id]
         # Refuses what does not suit the model.
-        count_parameters(self.method(self.ranks[-1]), self.shape)
+        count_parameters(config, self.shape)
+        self.leading_rows = method.leading_rows(config)
+        """Rows that the method puts before each sample."""
+        self.context = self.shape.context_length - method.leading_tokens(config)
+        """The longest sample that the model was made for, behind what the method puts before it."""
 
     # What may be chosen ------------------------------------------------------------------------------------------
 
@@ -96,12 +101,6 @@ class Space:
         between = [(high + low) // 2 // RANK_STEP * RANK_STEP for high, low in itertools.pairwise(ranks)]
         return tuple(sorted({*ranks, *(rank for rank in between if rank > ranks[-1])}, reverse=True))
 
-    @property
-    def context(self) -> int:
-        """The longest sample that the model was made for, behind what the method puts before it."""
-        config = self.method(self.ranks[-1])
-        return self.shape.context_length - METHODS[self.method_id].leading_tokens(config)
-
     def target_length(self) -> int:
         """The length that is wanted when memory is no concern."""
         if "max_seq_len" in self.pins:
@@ -113,8 +112,7 @@ class Space:
 
     def longest_sample(self, max_seq_len: int) -> int:
         """Most rows of a sample that go through the model under that limit."""
-        rows = METHODS[self.method_id].leading_rows(self.method(self.ranks[-1]))
-        lengths = self.request.lengths
+        rows, lengths = self.leading_rows, self.request.lengths
         return max_seq_len + rows if lengths is None else lengths.longest_computed(max_seq_len, rows)
 
     def _samples_per_step(self) -> int:

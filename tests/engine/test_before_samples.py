@@ -239,7 +239,7 @@ def test_rows_before_samples_are_read_as_they_are_planned(tmp_path: Path) -> Non
         writer.add(list(range(length)), [False, False, *([line != 1] * (length - 2))], line)
     writer.close(keep=True)
     table = TokenTable(TokenFile(tmp_path / "tokens.arrow"), np.arange(3, dtype=np.int64))
-    plain, led = SampleReader(table, 260, "f"), SampleReader(table, 260, "f", leading_rows=5)
+    plain, led = SampleReader(table, 260, "f"), SampleReader(table, 260, "f", leading_rows=lambda: 5)
     assert led.trainable()[0].tolist() == [13, 0, 16]
     for one, other in zip(plain.read([0, 1, 2]), led.read([0, 1, 2]), strict=True):
         assert other.ids.tolist() == [0] * 5 + one.ids.tolist()

@@ -24,7 +24,7 @@ from edgepeft.methods.prompt import PromptConfig
 from edgepeft.methods.sparse import SparseConfig
 from edgepeft.models.store import ModelEntry
 from edgepeft.runs.control import request
-from edgepeft.runs.events import Finished, Started, StepDone
+from edgepeft.runs.events import Evaluated, Finished, Started, StepDone
 from edgepeft.spec import Optimizer
 from training_runs import of_type, tiny_base, tiny_run, train
 
@@ -79,3 +79,14 @@ def test_a_run_learns_resumes_to_the_bit_and_publishes(tmp_path: Path, base: Mod
     adapter = read_adapter(first.path, loaded, "a")
     set_active(loaded, [("a", 1.0)])
     assert [parameter.name for parameter in first.card.parameters] == list(adapter.file_tensors())
+
+
+def test_the_base_is_measured_without_what_an_adapter_puts_first(tmp_path: Path, base: ModelEntry) -> None:
+    losses = []
+    for name in ("lora", "prefix", "prompt"):
+        run = tiny_run(tmp_path, base, name, method=CONFIGS[name], max_steps=1)
+        first, *_, last = of_type(train(run), Evaluated)
+        assert first.step == 0
+        losses.append(first.loss)
+        assert last.loss != first.loss
+    assert losses == [losses[0]] * 3

@@ -187,7 +187,7 @@ class Training:
                 table.limited(self._recipe.max_seq_len, self._recipe.overlong),
                 loaded.shape.vocab,
                 self._recipe.data.path,
-                loaded.prompt.tokens,
+                lambda: loaded.prompt.tokens,
             )
             for table in (data.train, data.held_out)
         )

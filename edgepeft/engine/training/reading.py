@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -19,10 +19,13 @@ class SampleReader:
         table: training or held-out samples, cut to the run's length.
         embeddings: rows of the model's embedding.
         path: the data file, for messages.
-        leading_rows: put before each sample, which the method fills; they carry no loss.
+        leading_rows: tells how many rows are put before each sample, which the adapter that acts then fills; they
+            carry no loss.
     """
 
-    def __init__(self, table: TokenTable, embeddings: int, path: str, leading_rows: int = 0) -> None:
+    def __init__(
+        self, table: TokenTable, embeddings: int, path: str, leading_rows: Callable[[], int] = lambda: 0
+    ) -> None:
         self.table = table
         self._embeddings = embeddings
         self._path = path
@@ -46,13 +49,12 @@ class SampleReader:
                     where=self._path,
                     hint="Use the tokenizer that belongs to the model's weights",
                 )
-        return [self._led(sample) for sample in samples] if self._leading_rows else samples
-
-    def _led(self, sample: Sample) -> Sample:
-        count = self._leading_rows
-        return sample._replace(ids=np.pad(sample.ids, (count, 0)), rows=sample.rows + count)
+        count = self._leading_rows()
+        if not count:
+            return samples
+        return [sample._replace(ids=np.pad(sample.ids, (count, 0)), rows=sample.rows + count) for sample in samples]
 
     def trainable(self) -> tuple[Counts, Counts]:
         """Of each sample, the rows that go through the model and those whose successor is trained, [n] each."""
         tokens, trained = self.table.trainable()
-        return with_leading(np.asarray(tokens, np.int64), self._leading_rows), np.asarray(trained, np.int64)
+        return with_leading(np.asarray(tokens, np.int64), self._leading_rows()), np.asarray(trained, np.int64)
