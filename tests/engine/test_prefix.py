@@ -12,13 +12,14 @@ from transformers import DynamicCache, LlamaForCausalLM
 
 from edgepeft.chat.protocol import Sampling
 from edgepeft.engine.methods import attach, set_active
+from edgepeft.engine.methods.files import read_values, save_adapter
 from edgepeft.engine.methods.seeds import generator_of
 from edgepeft.engine.model.load import LoadedModel, load_model
 from edgepeft.engine.model.prefix import PrefixSite
 from edgepeft.engine.training import attention
 from edgepeft.engine.training.attention import packed, packed_attention
 from edgepeft.errors import UsageError
-from edgepeft.methods import count_parameters
+from edgepeft.methods import METHODS, count_parameters
 from edgepeft.methods.prefix import PrefixConfig
 from edgepeft.models.config import read_shape
 from edgepeft.models.store import ensure_model
@@ -122,6 +123,19 @@ def test_it_starts_as_the_base_reads_tokens(loaded: LoadedModel) -> None:
         start[0, 0] = 256
         expected = loaded.model(torch.cat([start, torch.tensor([PROMPTS[1]])], dim=1)).logits[:, 4:]
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_reparameterised_prefix_goes_on_as_what_it_made(loaded: LoadedModel, tmp_path: Path) -> None:
+    config = PrefixConfig(4, reparameterised=True, width=12)
+    save_adapter(tmp_path / "a", attach(loaded, "a", config, seed=1), "tiny")
+    following = attach(loaded, "b", METHODS["prefix"].continued(config), seed=2)
+    following.load_state_dict(read_values(tmp_path / "a", loaded))
+    found = []
+    for name in "ab":
+        set_active(loaded, [(name, 1.0)])
+        with torch.no_grad():
+            found.append(loaded.model(torch.tensor([PROMPTS[1]])).logits)
+    assert torch.equal(*found)
 
 
 @pytest.mark.parametrize(
