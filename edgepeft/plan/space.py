@@ -46,6 +46,8 @@ class Space:
         parent = request.parent
         self.method_id: str = self.pins.get("method", "lora") if parent is None else id_of(parent.method)
         self.precisions = self._possible_precisions()
+        # A search asks for each of them thousands of times.
+        self._methods: dict[int, MethodConfig] = {}
         self.ranks = self._possible_ranks()
         # 0 alone for a method whose size memory does not decide.
         self.samples_per_step = self._samples_per_step()
@@ -131,6 +133,11 @@ class Space:
         """The method's config, at a rank where memory decides it."""
         if self.request.parent is not None:
             return self.request.parent.method
+        if rank not in self._methods:
+            self._methods[rank] = self._make_method(rank)
+        return self._methods[rank]
+
+    def _make_method(self, rank: int) -> MethodConfig:
         options = ("rank", "alpha", "targets", "dropout")
         settings: dict[str, object] = {name: self.pins[name] for name in options if name in self.pins}
         settings |= self.pins["settings"]
