@@ -21,6 +21,8 @@ from edgepeft.engine.methods.sparse_choice import Candidates, blocks_of, by_chan
 from edgepeft.engine.model.load import LoadedModel, load_model
 from edgepeft.engine.training import choosing
 from edgepeft.errors import BadInput
+from edgepeft.library.parent import find_parent
+from edgepeft.library.store import resolve_adapter
 from edgepeft.methods import sparse as light
 from edgepeft.methods.sparse import SparseConfig
 from edgepeft.models.store import ensure_model
@@ -374,3 +376,16 @@ def test_chosen_entries_are_those_with_large_gradients(tmp_path: Path, monkeypat
             float(gradients[places.long()].sum() / gradients.topk(places.numel()).values.sum()) for places in largest
         ]
         assert max(shares) > 0.97
+
+
+def test_a_continuation_keeps_the_places_and_looks_at_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = tiny_base(tmp_path)
+    train(tiny_run(tmp_path, base, "tiny", method=SparseConfig(density=0.02), max_steps=2))
+    parent = find_parent("tiny@v1", base)
+    assert parent.method == SparseConfig(density=0.02)
+    monkeypatch.setattr(Candidates, "see", lambda *_: pytest.fail("it looked again"))
+    train(tiny_run(tmp_path, base, "tiny", method=parent.method, parent=parent.ref, max_steps=2))
+    first, second = (load_file(resolve_adapter(name).weights) for name in ("tiny@v1", "tiny@v2"))
+    assert first.keys() == second.keys()
+    for key, value in first.items():
+        assert torch.equal(value, second[key]) is key.endswith("sparse_places"), key

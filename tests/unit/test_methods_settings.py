@@ -9,6 +9,7 @@ import pytest
 from edgepeft.errors import UsageError
 from edgepeft.methods import LoraConfig, count_parameters, make_config
 from edgepeft.models.config import read_shape
+from edgepeft.plan.reasons import method_values
 from tiny import tiny_config
 
 SHAPE = read_shape(tiny_config())
@@ -21,6 +22,15 @@ def test_ranks_are_read_and_counted() -> None:
     rows = sum(linear.out_features for linear in SHAPE.adaptable)
     by_hand = plain - 2 * 2 * (64 + 64) + 4 * 2 * (128 + 64) + 2 * rows
     assert count_parameters(config, SHAPE) == by_hand
+
+
+def test_settings_are_told_as_they_are_typed() -> None:
+    told = method_values(LoraConfig(rank=4, ranks={"q_proj": 2, "down_proj": 8}, dora=True))
+    assert (told["dora"], told["ranks"]) == ("yes", "q_proj:2, down_proj:8")
+    assert make_config("lora", {"rank": 4, "ranks": told["ranks"], "dora": told["dora"] == "yes"}) == LoraConfig(
+        rank=4, ranks={"q_proj": 2, "down_proj": 8}, dora=True
+    )
+    assert method_values(LoraConfig())["ranks"] == "none"
 
 
 def test_the_longest_name_of_a_linear_counts() -> None:

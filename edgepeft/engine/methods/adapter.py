@@ -33,6 +33,22 @@ class HasPlaces(Protocol):
         ...
 
 
+@runtime_checkable
+class ChoosesFirst(Protocol):
+    """An update that looks at gradients of samples before it trains, to choose what it trains."""
+
+    chooses: bool
+    """Whether it has not chosen yet."""
+
+    def begin_looking(self) -> None:
+        """From here on backward looks and forms no gradients of its own."""
+        ...
+
+    def choose(self) -> None:
+        """Decides by what was seen, and trains from here on."""
+        ...
+
+
 class Parts(NamedTuple):
     """What a method makes for a model."""
 

@@ -82,11 +82,11 @@ class SparseUpdate(LinearUpdate):
         return (found if scale == 1 else found.mul_(scale),)
 
     def begin_looking(self) -> None:
-        """From here on backward looks for large gradients instead of forming those of the values."""
+        """See `ChoosesFirst`."""
         self._candidates = Candidates(self.values.numel(), self.shape, self.places.device)
 
     def choose(self) -> None:
-        """Takes the places of what was seen, and trains from here on."""
+        """Takes the places of the largest gradients that were seen."""
         found = None if self._candidates is None else self._candidates.chosen()
         self._candidates = None
         if found is not None:

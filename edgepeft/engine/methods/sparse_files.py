@@ -29,9 +29,8 @@ _SHIRA_VALUES, _SHIRA_PLACES = "shira_weight", "shira_indices"
 def settings_of(adapter: AttachedAdapter) -> dict[str, Any]:
     """See `EngineMethod`."""
     config: Any = adapter.config
-    own = own_files.settings_of(adapter)
     if not config.rank:
-        return own
+        return own_files.settings_of(adapter)
     return {
         "peft_type": "SHIRA",
         "r": config.rank,
@@ -40,7 +39,6 @@ def settings_of(adapter: AttachedAdapter) -> dict[str, Any]:
         "fan_in_fan_out": False,
         "init_weights": True,
         "modules_to_save": None,
-        OWN_KEY: own[OWN_KEY],
     }
 
 
@@ -87,7 +85,7 @@ def read_parts(
 
 
 def _config(settings: Mapping[str, Any]) -> SparseConfig:
-    if OWN_KEY in settings or settings.get("peft_type") != "SHIRA":
+    if settings.get("peft_type") != "SHIRA":
         return msgspec.convert(settings.get(OWN_KEY), SparseConfig)
     rank, named = settings.get("r"), settings.get("target_modules")
     if not isinstance(rank, int) or rank < 1:

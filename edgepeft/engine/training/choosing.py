@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from edgepeft.data.schedule import step_samples, steps_per_epoch
-from edgepeft.engine.methods.sparse import SparseUpdate
+from edgepeft.engine.methods.adapter import ChoosesFirst
 from edgepeft.engine.training.recovery import release_memory, smaller_layout, what_would_help
 from edgepeft.engine.training.step import MicroBatchTooLarge
 from edgepeft.errors import OutOfMemory
@@ -31,8 +31,8 @@ def choose_entries(training: Training) -> None:
         OutOfMemory: a sample alone does not fit.
         StopRun: somebody asked to stop.
     """
-    updates = [update for update in training.adapter.updates.values() if isinstance(update, SparseUpdate)]
-    updates = [update for update in updates if update.chooses]
+    found = [update for update in training.adapter.updates.values() if isinstance(update, ChoosesFirst)]
+    updates = [update for update in found if update.chooses]
     if not updates or not training.starts_anew:
         return
     recipe = training.plan.spec.recipe

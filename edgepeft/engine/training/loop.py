@@ -180,7 +180,12 @@ class Training:
         self.starts_anew = self._recipe.parent is None
         """Whether nothing was trained before this process."""
         set_active(loaded, [(self.adapter.name, 1.0)])
-        self.update = AdapterUpdate(self.adapter.named_parameters(), self._recipe.optimizer, accelerator)
+        self.update = AdapterUpdate(
+            self.adapter.named_parameters(),
+            self._recipe.optimizer,
+            accelerator,
+            self.adapter.named_places().values(),
+        )
         account.follow(loaded, self.update)
         train, held_out = (
             SampleReader(

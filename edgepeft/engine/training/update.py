@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -26,10 +26,18 @@ class AdapterUpdate:
         parameters: of the adapter, by name; float32.
         settings: of the optimizer.
         accelerator: owns the gradient scaler, when there is one.
+        places: of the adapter, which do not change.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: Optimizer, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        settings: Optimizer,
+        accelerator: Accelerator,
+        places: Collection[Tensor] = (),
+    ) -> None:
         self.parameters = dict(parameters)
+        self._places = places
         self._max_norm = settings.max_grad_norm
         self._accelerator = accelerator
         self._adamw = make_optimizer(self.parameters, settings)
@@ -128,7 +136,7 @@ class AdapterUpdate:
         """Everything that it holds now."""
         gradients = [parameter.grad for parameter in self.parameters.values()]
         return {
-            "adapter weights": list(self.parameters.values()),
+            "adapter weights": [*self.parameters.values(), *self._places],
             "gradients": [gradient for gradient in gradients if gradient is not None],
             "optimizer state": self._states(),
         }
