@@ -8,7 +8,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
+
+import msgspec
+
+from edgepeft.errors import EdgepeftError, ExitCode, error_for_code
 
 _WORKERS = "edgepeft.engine.workers"
 
@@ -112,25 +116,93 @@ def start_worker(
     )
 
 
-def ask_worker(
-    name: str, arguments: Sequence[str], hear: Callable[[bytes], None], question: bytes | None = None
-) -> tuple[int, str]:
-    """Runs a worker to its end; it is killed when the caller is interrupted.
+Progress = Callable[[str, float | None], None]
+"""Called with what is being done, and how much of it is done (0 to 1; None when that is not known)."""
+Outcome = TypeVar("Outcome", bound=msgspec.Struct)
+
+
+class WorkProgress(msgspec.Struct, frozen=True, tag="progress"):
+    """How far a worker is."""
+
+    phase: str
+    """What it does now."""
+    fraction: float | None = None
+    """Share of it that is done; None when not known."""
+
+
+class WorkFailed(msgspec.Struct, frozen=True, tag="failed"):
+    """A worker gave up."""
+
+    code: int
+    """Its exit code."""
+    what: str
+    """What is wrong."""
+    where: str = ""
+    """File or tensor."""
+    hint: str = ""
+    """What to do next."""
+
+
+class Task(msgspec.Struct, frozen=True):
+    """One piece of work for a worker that ends with it."""
+
+    worker: str
+    """Module in edgepeft.engine.workers."""
+    name: str
+    """As a person calls it, such as `the conversion`."""
+    where: str
+    """What it works on, for messages."""
+    arguments: tuple[str, ...] = ()
+    """Of its command line."""
+    question: bytes = b""
+    """What it reads from stdin."""
+    when_killed: str = "Close other programs and try again"
+    """What helps where memory ran out."""
+
+
+def run_task(task: Task, outcome: type[Outcome], progress: Progress | None = None) -> Outcome:
+    """Runs a worker to its end and returns what it said there; it is killed when the caller is interrupted.
+
+    Its stdout has lines of JSON: `WorkProgress`, then an outcome or `WorkFailed`.
 
     Args:
-        name: of the worker.
-        arguments: of its command line.
-        hear: told each line of its stdout.
-        question: what it reads from stdin; None for nothing.
+        task: what to do.
+        outcome: what it says at its end; a tagged struct.
+        progress: told how far it is.
 
-    Returns:
-        Its exit code, and the last line of its stderr.
+    Raises:
+        EdgepeftError: what the worker failed with, or that it died.
     """
+    decoder: msgspec.json.Decoder[Any] = msgspec.json.Decoder(WorkProgress | outcome | WorkFailed)
+    said: list[Any] = []
+
+    def hear(line: bytes) -> None:
+        try:
+            message = decoder.decode(line)
+        except msgspec.DecodeError:
+            return
+        if not isinstance(message, WorkProgress):
+            said.append(message)
+        elif progress is not None:
+            progress(message.phase, message.fraction)
+
+    code, last_line = _listen(task, hear)
+    last = said[-1] if said else None
+    if isinstance(last, WorkFailed):
+        raise error_for_code(last.code, last.what, where=last.where, hint=last.hint)
+    if last is not None and code == 0:
+        found: Outcome = last
+        return found
+    raise _died(task, code, last_line)
+
+
+def _listen(task: Task, hear: Callable[[bytes], None]) -> tuple[int, str]:
+    """Tells each line of a worker's stdout; returns its exit code, and the last line of its stderr."""
     # Files, not pipes: whatever is written there, nobody has to read it along.
     with tempfile.TemporaryFile() as complaints, tempfile.TemporaryFile() as questions:
-        questions.write(question or b"")
+        questions.write(task.question)
         questions.seek(0)
-        worker = start_worker(name, arguments, stdin=questions, stdout=subprocess.PIPE, stderr=complaints)
+        worker = start_worker(task.worker, task.arguments, stdin=questions, stdout=subprocess.PIPE, stderr=complaints)
         try:
             assert worker.stdout is not None
             for line in worker.stdout:
@@ -145,3 +217,11 @@ def ask_worker(
         complaints.seek(0)
         lines = [line for line in complaints.read().decode(errors="replace").splitlines() if line.strip()]
     return code, lines[-1] if lines else ""
+
+
+def _died(task: Task, code: int, last_line: str) -> EdgepeftError:
+    if code in (-9, 137):
+        what = f"the system ended {task.name}, most likely because memory ran out"
+        return error_for_code(ExitCode.OUT_OF_MEMORY, what, where=task.where, hint=task.when_killed)
+    reason = f": {last_line}" if last_line else ""
+    return error_for_code(ExitCode.BUG, f"{task.name} ended with code {code}{reason}", where=task.where)

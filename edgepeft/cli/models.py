@@ -13,8 +13,8 @@ from edgepeft.cli.output import JsonFlag, line, note, print_json, row, stderr, t
 from edgepeft.cli.output import console as out
 
 if TYPE_CHECKING:
-    from edgepeft.models.conversion import Progress
     from edgepeft.models.store import ModelEntry
+    from edgepeft.processes import Progress
 
 app = typer.Typer(no_args_is_help=True, help="List, find, add and remove base models.")
 

@@ -6,25 +6,18 @@ import contextlib
 import json
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from edgepeft.errors import EdgepeftError, ExitCode, error_for_code
 from edgepeft.library.combined_card import adapter_config, combined_card
 from edgepeft.library.combining import Combined, CombineRequest, PartTensors, Plan
 from edgepeft.library.store import CONFIG_FILE, WEIGHTS_FILE, AdapterFolder, publish, resolve_adapter
-from edgepeft.models.conversion import ConversionFailed, ConversionProgress
 from edgepeft.models.headers import read_header
 from edgepeft.paths import disk_errors, home, make_folder, write_atomic
-from edgepeft.processes import ask_worker
-
-Progress = Callable[[str, float | None], None]
-"""Called with what is being done, and how much of it is done (0 to 1; None when that is not known)."""
-
-_DECODER = msgspec.json.Decoder(ConversionProgress | Combined | ConversionFailed)
+from edgepeft.processes import Progress, Task, run_task
 
 
 def combine(
@@ -45,7 +38,9 @@ def combine(
         DiskProblem: the disk is full, or may not be written.
     """
     with _work_folder() as work:
-        made = _run(request_for(plan, work / WEIGHTS_FILE), progress)
+        question = msgspec.json.encode(request_for(plan, work / WEIGHTS_FILE))
+        task = Task("combine", "the work", "combine", (), question, "Combine fewer adapters at once")
+        made = run_task(task, Combined, progress)
         config = adapter_config(plan, made.ranks)
         write_atomic(work / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
         card = combined_card(plan, command, made, read_header(work / WEIGHTS_FILE))
@@ -70,40 +65,6 @@ def request_for(plan: Plan, weights_file: Path) -> CombineRequest:
         seed=plan.seed or 0,
         weights_file=str(weights_file),
     )
-
-
-def _run(request: CombineRequest, progress: Progress | None) -> Combined:
-    outcomes: list[Combined | ConversionFailed] = []
-
-    def hear(line: bytes) -> None:
-        try:
-            message = _DECODER.decode(line)
-        except msgspec.DecodeError:
-            return
-        if not isinstance(message, ConversionProgress):
-            outcomes.append(message)
-        elif progress is not None:
-            progress(message.phase, message.fraction)
-
-    code, last_line = ask_worker("combine", [], hear, msgspec.json.encode(request))
-    outcome = outcomes[-1] if outcomes else None
-    if isinstance(outcome, Combined) and code == 0:
-        return outcome
-    if isinstance(outcome, ConversionFailed):
-        raise error_for_code(outcome.code, outcome.what, where=outcome.where, hint=outcome.hint)
-    raise _died(code, last_line)
-
-
-def _died(code: int, last_line: str) -> EdgepeftError:
-    if code in (-9, 137):
-        return error_for_code(
-            ExitCode.OUT_OF_MEMORY,
-            "the system ended the work, most likely because memory ran out",
-            where="combine",
-            hint="Close other programs, or combine fewer adapters at once",
-        )
-    reason = f": {last_line}" if last_line else ""
-    return error_for_code(ExitCode.BUG, f"the work ended with code {code}{reason}", where="combine")
 
 
 @contextlib.contextmanager

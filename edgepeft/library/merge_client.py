@@ -6,7 +6,6 @@ from pathlib import Path
 
 import msgspec
 
-from edgepeft.errors import EdgepeftError, ExitCode, error_for_code
 from edgepeft.library.merging import (
     ADAPTER_FILE,
     MODEL_FILE,
@@ -17,10 +16,7 @@ from edgepeft.library.merging import (
     check_drift,
 )
 from edgepeft.library.target_path import put_in_place, work_folder
-from edgepeft.models.conversion import ConversionFailed, ConversionProgress, Progress
-from edgepeft.processes import ask_worker
-
-_DECODER = msgspec.json.Decoder(ConversionProgress | Merged | Exported | ConversionFailed)
+from edgepeft.processes import Progress, Task, run_task
 
 
 def merge(
@@ -42,8 +38,7 @@ def merge(
     with work_folder(target) as work:
         made = work / "model"
         made.mkdir()
-        outcome = _run(msgspec.structs.replace(request, work=str(made)), progress)
-        assert isinstance(outcome, Merged)
+        outcome = run_task(_task(request, made), Merged, progress)
         check_drift(outcome.drift, limit_nats, request.into, force=force)
         put_in_place(made if request.format == "safetensors" else made / MODEL_FILE, target)
     return outcome
@@ -59,41 +54,11 @@ def export(request: ExportRequest, target: Path, progress: Progress | None = Non
     with work_folder(target) as work:
         made = work / "adapter"
         made.mkdir()
-        outcome = _run(msgspec.structs.replace(request, work=str(made)), progress)
-        assert isinstance(outcome, Exported)
+        outcome = run_task(_task(request, made), Exported, progress)
         put_in_place(made if request.format == "peft" else made / ADAPTER_FILE, target)
     return outcome
 
 
-def _run(request: MergeRequest | ExportRequest, progress: Progress | None) -> Merged | Exported:
-    outcomes: list[Merged | Exported | ConversionFailed] = []
-
-    def hear(line: bytes) -> None:
-        try:
-            message = _DECODER.decode(line)
-        except msgspec.DecodeError:
-            return
-        if not isinstance(message, ConversionProgress):
-            outcomes.append(message)
-        elif progress is not None:
-            progress(message.phase, message.fraction)
-
-    code, last_line = ask_worker("merge", [], hear, msgspec.json.encode(request))
-    outcome = outcomes[-1] if outcomes else None
-    if isinstance(outcome, Merged | Exported) and code == 0:
-        return outcome
-    if isinstance(outcome, ConversionFailed):
-        raise error_for_code(outcome.code, outcome.what, where=outcome.where, hint=outcome.hint)
-    raise _died(code, request, last_line)
-
-
-def _died(code: int, request: MergeRequest | ExportRequest, last_line: str) -> EdgepeftError:
-    if code in (-9, 137):
-        return error_for_code(
-            ExitCode.OUT_OF_MEMORY,
-            "the system ended the work, most likely because memory ran out",
-            where=request.base,
-            hint="Close other programs and try again",
-        )
-    reason = f": {last_line}" if last_line else ""
-    return error_for_code(ExitCode.BUG, f"the work ended with code {code}{reason}", where=request.adapter)
+def _task(request: MergeRequest | ExportRequest, work: Path) -> Task:
+    question = msgspec.json.encode(msgspec.structs.replace(request, work=str(work)))
+    return Task("merge", "the work", request.adapter, question=question)

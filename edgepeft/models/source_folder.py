@@ -12,13 +12,14 @@ import msgspec
 
 from edgepeft.errors import BadInput
 from edgepeft.models.config import is_vision_language, language_config, read_shape
-from edgepeft.models.conversion import Progress, convert
+from edgepeft.models.conversion import convert
 from edgepeft.models.families import FAMILIES
 from edgepeft.models.generic import shape_from_headers
 from edgepeft.models.headers import TensorHeader, read_headers, weight_files
 from edgepeft.models.licence import read_licence
 from edgepeft.models.quantized import StoredAs, stored_form
 from edgepeft.models.shape import ModelShape
+from edgepeft.processes import Progress
 
 SMALL_FILES = (
     "config.json",

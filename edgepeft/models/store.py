@@ -17,7 +17,7 @@ from typing import Literal
 import msgspec
 
 from edgepeft.errors import BadInput, DiskProblem
-from edgepeft.models.conversion import Progress, convert
+from edgepeft.models.conversion import convert
 from edgepeft.models.embedded import ADVISED_SAMPLING, EMBEDDED, EMBEDDED_LICENCE, embedded_gguf
 from edgepeft.models.fingerprint import fingerprint_files
 from edgepeft.models.gguf_header import check_convertible
@@ -40,6 +40,7 @@ from edgepeft.models.source_folder import (
     template_text,
 )
 from edgepeft.paths import as_name, check_name, disk_errors, home, make_folder, write_atomic
+from edgepeft.processes import Progress
 from edgepeft.units import MIB, format_bytes
 
 Kind = Literal["folder", "copy", "gguf", "embedded"]
