@@ -192,7 +192,8 @@ def _lora(adapter: AdapterFolder, shape: ModelShape) -> LoraConfig:
     tensors = read_header(adapter.weights)
     ranks = _ranks(tensors)
     several = sorted({rank for found in ranks.values() for rank in found})
-    if any(len(found) > 1 for found in ranks.values()) or settings.get("r") not in several:
+    told_of = bool(settings.get("rank_pattern")) and isinstance(settings.get("r"), int)
+    if not ranks or any(len(found) > 1 for found in ranks.values()) or not (told_of or several == [settings.get("r")]):
         told = ", ".join(map(str, several)) or "none"
         raise BadInput(
             f"its layers have the ranks {told} and its config says {settings.get('r')}: only an adapter of one rank "

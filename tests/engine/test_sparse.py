@@ -343,6 +343,30 @@ def test_a_run_chooses_once_whatever_its_layout_and_goes_on_with_that(
     assert not any(torch.equal(value, chosen[f"base_model.model.{key}"]) for key, value in drawn.items())
 
 
+def test_a_run_that_is_stopped_while_it_looks_chooses_when_it_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base = tiny_base(tmp_path)
+    options: dict[str, Any] = {"method": SparseConfig(density=0.02), "max_steps": 3}
+    whole, parts = tiny_run(tmp_path, base, "whole", **options), tiny_run(tmp_path, base, "parts", **options)
+    train(whole)
+    exact, seen = Candidates.see, []
+
+    def see(self: Candidates, x: Tensor, g: Tensor) -> None:
+        seen.append(1)
+        if len(seen) == 20:
+            request(parts, "stop")
+        exact(self, x, g)
+
+    monkeypatch.setattr(Candidates, "see", see)
+    events = train(parts)
+    assert not of_type(events, StepDone)
+    assert 20 <= len(seen) <= 2 * 14
+    train(parts)
+    first, second = (run.path / "adapter" / "adapter_model.safetensors" for run in (whole, parts))
+    assert first.read_bytes() == second.read_bytes()
+
+
 def test_chosen_entries_are_those_with_large_gradients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = tiny_base(tmp_path)
     sums: dict[int, Tensor] = {}

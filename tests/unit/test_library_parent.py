@@ -135,6 +135,10 @@ def cut_ranks(folder: Path, rank: int, part: str) -> None:
 
 def test_ranks_of_single_linears_are_kept(base: ModelEntry, folder: Path) -> None:
     cut_ranks(folder, 3, "q_proj")
+    path = folder / "adapter_config.json"
+    with pytest.raises(BadInput, match=r"ranks 3, 6 and its config says 6"):
+        find_parent(str(folder), base)
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rank_pattern": {"q_proj": 3}}))
     method = find_parent(str(folder), base).method
     assert isinstance(method, LoraConfig)
     assert (method.rank, method.ranks, method.targets) == (6, {"q_proj": 3}, ("all-linear",))
@@ -144,6 +148,8 @@ def test_ranks_of_single_linears_are_kept(base: ModelEntry, folder: Path) -> Non
 
 def test_several_ranks_of_one_kind_of_linear_are_refused(base: ModelEntry, folder: Path) -> None:
     cut_ranks(folder, 3, "layers.0.self_attn.q_proj")
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rank_pattern": {"layers.0.self_attn.q_proj": 3}}))
     with pytest.raises(BadInput, match=r"ranks 3, 6 .* only an adapter of one rank for each kind"):
         find_parent(str(folder), base)
 

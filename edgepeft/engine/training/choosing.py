@@ -1,7 +1,7 @@
 """Before the first step of a run: an adapter that trains single entries looks at samples to choose them.
 
 Each sample goes through the model by itself, so what is chosen depends neither on how samples share micro-batches nor
-on where memory ran out. The places are saved with every checkpoint, and a run that goes on never chooses again.
+on where memory ran out. The places are saved with every checkpoint: once a step is done, a run never chooses again.
 """
 
 from __future__ import annotations

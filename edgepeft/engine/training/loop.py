@@ -177,8 +177,6 @@ class Training:
         self._requests = requests
         self.energy = EnergyAccount(plan.spec.device)
         self.adapter = attach(loaded, "training", self._recipe.method, self._recipe.seed)
-        self.starts_anew = self._recipe.parent is None
-        """Whether nothing was trained before this process."""
         set_active(loaded, [(self.adapter.name, 1.0)])
         self.update = AdapterUpdate(
             self.adapter.named_parameters(),
@@ -229,9 +227,13 @@ class Training:
         self._micro_batches = 0
         self._told_at = math.inf
 
+    @property
+    def starts_anew(self) -> bool:
+        """Whether nothing has been trained yet, neither in this run nor in a parent of it."""
+        return self._recipe.parent is None and self.position.step == 0
+
     def restore(self, checkpoint: Checkpoint) -> None:
         """Goes on where `checkpoint` was written."""
-        self.starts_anew = False
         check_same_tokens(checkpoint.position.data_key, self.position.data_key, self._recipe)
         self.adapter.load_state_dict(checkpoint.adapter)
         self.update.restore(checkpoint.optimizer, checkpoint.scaler)
