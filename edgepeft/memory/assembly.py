@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 
 import msgspec
 
@@ -17,7 +16,7 @@ from edgepeft.memory.prefix import PrefixPlan
 from edgepeft.memory.programs import PROGRAMS, LayerPlan, llama
 from edgepeft.memory.target import Target
 from edgepeft.memory.weights import ELEMENT_BYTES
-from edgepeft.methods import BranchTerms, LinearTerms, MethodConfig, PrefixTerms, Trained, method_of
+from edgepeft.methods import Branch, BranchTerms, LinearTerms, MethodConfig, PrefixTerms, Trained, method_of
 from edgepeft.models.shape import LinearShape, ModelShape
 from edgepeft.spec import ComputeDtype, Precision
 
@@ -55,10 +54,6 @@ class Pass(msgspec.Struct, frozen=True):
         return ELEMENT_BYTES[self.compute_dtype]
 
 
-UpdateOf = Callable[[LinearShape], LinearTerms | None]
-SharedOf = Callable[[Sequence[LinearShape]], LinearTerms | None]
-
-
 def is_exact(shape: ModelShape) -> bool:
     """Whether the layers of this architecture are followed operation by operation; others go as if they were Llama's
     and should be simulated."""
@@ -71,67 +66,9 @@ def plan_micro_batch(shape: ModelShape, given: Pass, method: MethodConfig | None
     Raises:
         UsageError: the method's targets or rank do not suit the model.
     """
-    if method is None:
-        return plan_with(shape, given, lambda linear: None)
-    module, tokens, c = method_of(method), given.tokens, given.compute_bytes
-    targeted = set(module.targeted(method, shape))
-    if _known_linears(shape) != shape.linears:
-        # Made up: which of them are targeted cannot be told.
-        targeted |= set(_known_linears(shape))
-    branches = {branch: module.branch_terms(method, shape, branch, tokens, c) for branch in ("attention", "mlp")}
-
-    def update_of(linear: LinearShape) -> LinearTerms | None:
-        if linear not in targeted:
-            return None
-        return module.linear_terms(method, linear, tokens, c, training=given.training)
-
-    def shared_of(linears: Sequence[LinearShape]) -> LinearTerms | None:
-        if not all(linear in targeted for linear in linears):
-            return None
-        return module.shared_terms(method, linears, tokens, c, training=given.training)
-
-    return plan_with(
-        shape,
-        given,
-        update_of,
-        shared_of,
-        branches,
-        trains_gains=module.trains_gains(method),
-        prefix=module.prefix_terms(method, shape),
-        trains_tables=module.trains_tables(method),
-        leading_rows=module.leading_rows(method),
-        trained=module.trained(method, shape),
-    )
-
-
-def plan_with(
-    shape: ModelShape,
-    given: Pass,
-    update_of: UpdateOf,
-    shared_of: SharedOf = lambda linears: None,
-    branches: Mapping[str, BranchTerms | None] = MappingProxyType({}),
-    *,
-    trains_gains: bool = False,
-    prefix: PrefixTerms | None = None,
-    trains_tables: bool = False,
-    leading_rows: int = 0,
-    trained: Trained = Trained(),  # noqa: B008
-) -> MicroBatchPlan:
-    """The same with any updates.
-
-    Args:
-        shape: the model.
-        given: the micro-batch.
-        update_of: the update of a linear, if it has one.
-        shared_of: the update that does the work of several linears with the same input, if there is one.
-        branches: what is put behind `attention` and `mlp`.
-        trains_gains: whether those of norms are trained.
-        prefix: what stands before every sample in each layer.
-        trains_tables: whether the embedding and the output head are.
-        leading_rows: trained rows before every sample, which are among the tokens.
-        trained: all tensors that are.
-    """
     tokens, c, kind = given.tokens, given.compute_bytes, shape.model_type
+    added = _Added() if method is None else _added(method, shape, given)
+    prefix, branches, trained = added.prefix, added.branches, added.trained
     ahead = prefix.tokens if prefix is not None else 0
     key_bytes = c * shape.kv_heads * shape.head_dim
     before = PrefixPlan(prefix, len(given.lengths), key_bytes) if prefix is not None else None
@@ -146,14 +83,14 @@ def plan_with(
             in_bytes=c * linear.in_features * tokens,
             out_bytes=c * linear.out_features * tokens,
             scratch_bytes=dequantizing_bytes(linear, given),
-            update=update_of(linear),
+            update=added.of_linear(linear),
             ends_layer=name == "down_proj" and ends_with_mlp,
         )
         for name, linear in known.items()
     }
 
     def shared(*names: str) -> LinearTerms | None:
-        return shared_of([known[name] for name in names]) if all(name in known for name in names) else None
+        return added.of_several([known[name] for name in names]) if all(name in known for name in names) else None
 
     def layer(window: int | None) -> LayerPlan:
         return LayerPlan(
@@ -177,12 +114,12 @@ def plan_with(
             experts=_experts_plan(shape, given) if shape.experts else None,
             after_attention=branches.get("attention"),
             after_mlp=branches.get("mlp"),
-            trains_gains=trains_gains,
+            trains_gains=added.trains_gains,
             prefix=before,
         )
 
-    on_tape = shape.final_norm_parameters if trains_gains else 0
-    on_tape += shape.embedding_parameters if trains_tables else 0
+    on_tape = shape.final_norm_parameters if added.trains_gains else 0
+    on_tape += shape.embedding_parameters if added.trains_tables else 0
     return MicroBatchPlan(
         tokens=tokens,
         compute_bytes=c,
@@ -201,14 +138,14 @@ def plan_with(
             compute_bytes=c,
             scratch_bytes=LOSS_SCRATCH_BYTES[given.target.kind],
             softcap=shape.logit_softcap is not None,
-            trains_head=trains_tables,
-            adding_bytes=_adding_bytes(shape, given) if trains_tables else 0,
+            trains_head=added.trains_tables,
+            adding_bytes=_adding_bytes(shape, given) if added.trains_tables else 0,
         ),
         trained=trained,
         others_beside_tape=sum(trained.others) - on_tape,
-        trains_tables=trains_tables,
+        trains_tables=added.trains_tables,
         tied=shape.tied_embeddings,
-        leading_rows=leading_rows,
+        leading_rows=added.leading_rows,
         samples=len(given.lengths),
     )
 
@@ -219,6 +156,57 @@ def _adding_bytes(shape: ModelShape, given: Pass) -> int:
     if c == FLOAT32:
         return 0
     return min(shape.vocab, TABLE_ROWS) * shape.hidden * (c + (FLOAT32 if given.target.kind == "cpu" else 0))
+
+
+class _Added(msgspec.Struct, frozen=True):
+    """What a method adds to a micro-batch; by itself nothing."""
+
+    of_linear: Callable[[LinearShape], LinearTerms | None] = lambda linear: None
+    """The update of a linear, if it has one."""
+    of_several: Callable[[Sequence[LinearShape]], LinearTerms | None] = lambda linears: None
+    """The update that does the work of several linears with the same input, if there is one."""
+    branches: Mapping[Branch, BranchTerms | None] = {}
+    """What is put behind them."""
+    trains_gains: bool = False
+    """Whether those of norms are trained."""
+    prefix: PrefixTerms | None = None
+    """What stands before every sample in each layer."""
+    trains_tables: bool = False
+    """Whether the embedding and the output head are trained."""
+    leading_rows: int = 0
+    """Trained rows before every sample, which are among the tokens."""
+    trained: Trained = Trained()
+    """All tensors that are."""
+
+
+def _added(method: MethodConfig, shape: ModelShape, given: Pass) -> _Added:
+    module, tokens, c = method_of(method), given.tokens, given.compute_bytes
+    targeted = set(module.targeted(method, shape))
+    if _known_linears(shape) != shape.linears:
+        # Made up: which of them are targeted cannot be told.
+        targeted |= set(_known_linears(shape))
+
+    def of_linear(linear: LinearShape) -> LinearTerms | None:
+        if linear not in targeted:
+            return None
+        return module.linear_terms(method, linear, tokens, c, training=given.training)
+
+    def of_several(linears: Sequence[LinearShape]) -> LinearTerms | None:
+        if not all(linear in targeted for linear in linears):
+            return None
+        return module.shared_terms(method, linears, tokens, c, training=given.training)
+
+    names: tuple[Branch, ...] = ("attention", "mlp")
+    return _Added(
+        of_linear,
+        of_several,
+        {branch: module.branch_terms(method, shape, branch, tokens, c) for branch in names},
+        module.trains_gains(method),
+        module.prefix_terms(method, shape),
+        module.trains_tables(method),
+        module.leading_rows(method),
+        module.trained(method, shape),
+    )
 
 
 def dequantizing_bytes(linear: LinearShape, given: Pass) -> int:

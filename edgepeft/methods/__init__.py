@@ -104,6 +104,11 @@ def _pair(field: str, text: str) -> tuple[str, str]:
     return name, value
 
 
+def no_lora_plus(config: MethodConfig) -> str:
+    """Why LoRA+ is refused for a method without low-rank factors."""
+    return f"LoRA+ gives LoRA's B another learning rate than A, and {id_of(config)} has neither"
+
+
 def count_parameters(config: MethodConfig, shape: ModelShape) -> int:
     """Trainable entries of the whole model.
 
@@ -128,4 +133,5 @@ __all__ = [
     "id_of",
     "make_config",
     "method_of",
+    "no_lora_plus",
 ]

@@ -71,7 +71,7 @@ class Bottleneck(Method):
 
     paper = "arXiv 1902.00751"
     adds = "a small network behind or beside attention and MLP"
-    merges = False
+    foldable = False
 
     def trained(self, config: BottleneckConfig, shape: ModelShape) -> Trained:
         """D, d, U and u of each adapter."""

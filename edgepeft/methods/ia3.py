@@ -10,7 +10,7 @@ from __future__ import annotations
 import msgspec
 
 from edgepeft.errors import UsageError
-from edgepeft.methods.targets import matching
+from edgepeft.methods.targets import matching, means
 from edgepeft.methods.terms import FLOAT32, LinearTerms, Method, Trained
 from edgepeft.models.shape import LinearShape, ModelShape
 
@@ -36,7 +36,7 @@ class Ia3(Method):
     paper = "arXiv 2205.05638"
     peft_type = "IA3"
     adds = "factors for keys, values and the inside of the MLP"
-    merges = True
+    foldable = True
 
     def targeted(self, config: Ia3Config, shape: ModelShape) -> tuple[LinearShape, ...]:
         """Those whose results are multiplied, and those whose inputs are.
@@ -61,7 +61,7 @@ class Ia3(Method):
     ) -> LinearTerms:
         """The result before it was multiplied is kept; an input is kept beside the one that was multiplied."""
         c = compute_bytes
-        if any(linear.name == name or linear.name.endswith(f".{name}") for name in config.inputs):
+        if any(means(name, linear.name) for name in config.inputs):
             size = linear.in_features
             return LinearTerms(
                 parameters=size, keeps_input=False, backward_bytes=(c * tokens + FLOAT32) * size, rescales_input=True

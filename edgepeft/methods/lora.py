@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from edgepeft.errors import UsageError
-from edgepeft.methods.targets import matching
+from edgepeft.methods.targets import matching, means
 from edgepeft.methods.terms import FLOAT32, LinearTerms, Method, Trained
 from edgepeft.models.shape import LinearShape, ModelShape
 
@@ -65,7 +65,7 @@ class LoraConfig(msgspec.Struct, frozen=True, tag="lora", forbid_unknown_fields=
 
     def rank_of(self, module: str) -> int:
         """The rank of a linear, by its path; of several names that mean it the longest counts."""
-        found = [name for name in self.ranks if _means(name, module)]
+        found = [name for name in self.ranks if means(name, module)]
         return self.ranks[max(found, key=len)] if found else self.rank
 
     def check_ranks(self, sizes: Mapping[str, int]) -> None:
@@ -78,22 +78,18 @@ class LoraConfig(msgspec.Struct, frozen=True, tag="lora", forbid_unknown_fields=
             UsageError: a rank exceeds a dimension, or one is given for a linear that is not targeted.
         """
         for name in self.ranks:
-            if not any(_means(name, module) for module in sizes):
+            if not any(means(name, module) for module in sizes):
                 known = ", ".join(sorted({module.rsplit(".", 1)[-1] for module in sizes}))
                 raise UsageError(f"{name!r} is no linear that is targeted", where="ranks", hint=f"Targeted: {known}")
         for module, size in sizes.items():
             rank = self.rank_of(module)
             if rank > size:
-                own = any(_means(name, module) for name in self.ranks)
+                own = any(means(name, module) for name in self.ranks)
                 raise UsageError(
                     f"rank {rank} exceeds the smaller dimension {size} of {module}",
                     where="ranks" if own else "rank",
                     hint=f"Use at most {size}" if own else f"Use at most {min(sizes.values())}",
                 )
-
-
-def _means(name: str, module: str) -> bool:
-    return module == name or module.endswith(f".{name}")
 
 
 class Lora(Method):
@@ -102,7 +98,7 @@ class Lora(Method):
     paper = "arXiv 2106.09685"
     peft_type = "LORA"
     adds = "a low-rank product beside each linear layer"
-    merges = True
+    foldable = merges = ranked = True
 
     def targeted(self, config: LoraConfig, shape: ModelShape) -> tuple[LinearShape, ...]:
         """The linears of one decoder layer that get an update.

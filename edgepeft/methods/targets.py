@@ -8,6 +8,11 @@ from edgepeft.errors import UsageError
 from edgepeft.models.shape import LinearShape, ModelShape
 
 
+def means(name: str, path: str) -> bool:
+    """Whether a name stands for a module: its path, or the ending of that."""
+    return path == name or path.endswith(f".{name}")
+
+
 def matching(targets: Sequence[str], shape: ModelShape) -> tuple[LinearShape, ...]:
     """The linears of one decoder layer, in forward order, whose name or its ending is a target.
 
@@ -18,11 +23,7 @@ def matching(targets: Sequence[str], shape: ModelShape) -> tuple[LinearShape, ..
     """
     chosen: list[LinearShape] = []
     for target in targets:
-        matches = [
-            linear
-            for linear in shape.adaptable
-            if target == "all-linear" or linear.name == target or linear.name.endswith(f".{target}")
-        ]
+        matches = [linear for linear in shape.adaptable if target == "all-linear" or means(target, linear.name)]
         if not matches:
             known = ", ".join(sorted({linear.name.rsplit(".", 1)[-1] for linear in shape.adaptable}))
             raise UsageError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
@@ -95,7 +96,7 @@ class PrefixTerms(msgspec.Struct, frozen=True):
     """Of the network that makes them; 0 where they are trained as they are."""
 
 
-class Method:
+class Method(ABC):
     """A PEFT method without its tensors; each module of this folder has one subclass of it."""
 
     paper: ClassVar[str]
@@ -104,17 +105,26 @@ class Method:
     """Its name in PEFT's adapter_config.json; None where PEFT has no such method."""
     adds: ClassVar[str]
     """What it adds to the model, in a few words."""
-    merges: ClassVar[bool]
-    """Whether its update can be folded into the base weights."""
+    foldable: ClassVar[bool]
+    """Whether its update could become part of the base's weights."""
+    merges: ClassVar[bool] = False
+    """Whether `adapters merge` does that."""
 
     rate: ClassVar[float] = 1.0
     """Its usual learning rate over LoRA's."""
+    ranked: ClassVar[bool] = False
+    """Whether memory decides the rank of its low-rank products, and LoRA+ the learning rate of one of their factors."""
     needs_dense_base: ClassVar[bool] = False
     """Whether it replaces the base's matrices, so that these must not be quantized."""
 
     def __init__(self, config_type: type[msgspec.Struct]) -> None:
         self.config_type = config_type
         """What its configs are."""
+
+    @property
+    def fields(self) -> tuple[str, ...]:
+        """Names of its settings."""
+        return self.config_type.__struct_fields__
 
     def targeted(self, config: Any, shape: ModelShape) -> tuple[LinearShape, ...]:
         """The linears of one decoder layer that it changes.
@@ -124,13 +134,13 @@ class Method:
         """
         return ()
 
+    @abstractmethod
     def trained(self, config: Any, shape: ModelShape) -> Trained:
         """The tensors that it trains.
 
         Raises:
             UsageError: the config does not suit the model.
         """
-        raise NotImplementedError
 
     def held_bytes(self, config: Any, shape: ModelShape) -> int:
         """What its adapter holds beside what it trains."""
@@ -155,8 +165,11 @@ class Method:
             tokens: of the micro-batch.
             compute_bytes: of an entry in the compute dtype.
             training: whether there is dropout.
+
+        Raises:
+            AssertionError: the method changes no linear.
         """
-        raise NotImplementedError
+        raise AssertionError(f"{type(self).__name__} changes no linear")
 
     def shared_terms(
         self, config: Any, linears: Sequence[LinearShape], tokens: int, compute_bytes: int, *, training: bool

@@ -143,8 +143,8 @@ class SampleLengths:
         counts = counts_samples(recipe)
         key = (*_key(recipe, run), cap, most, counts)
         if key not in self._exact:
-            train = largest_micro_batches(run, cap)
-            held_out = largest_held_out(*self.held_out(recipe), cap, most)
+            train = largest_micro_batches(run, cap, count_samples=counts)
+            held_out = largest_held_out(*self.held_out(recipe), cap, most, count_samples=counts)
             self._exact[key] = workloads_of(train, held_out, count_samples=counts)
         return self._exact[key]
 

@@ -27,7 +27,7 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "optimizer": get_args(OptimizerName),
 }
 _COUNTS: dict[str, int] = {
-    "rank": 1,
+    "rank": 0,
     "max_seq_len": 2,
     "micro_batch_tokens": 1,
     "samples_per_step": 1,

@@ -58,6 +58,7 @@ def predict(
         held_out_tokens=held_out.held_out_tokens,
         held_out_longest=held_out.held_out_longest,
         held_out_trained=held_out.held_out_trained,
+        held_out_samples=held_out.held_out_samples,
     )
     return Prediction(corrected(memory, found), decides)
 

@@ -149,7 +149,10 @@ def describe(
     else:
         found.append(Choice("method", id_of(config), "user", trains))
         for name in method_values(config):
-            add(name, "the method's default", "preset")
+            if parent is None:
+                add(name, "the method's default", "preset")
+            else:
+                add(name, f"as {parent.ref.adapter} has it", "user")
     add("micro-batch-tokens", _micro_batch_why(search, chosen))
     add("checkpointing", _checkpointing_why(search, chosen))
     add("loss-chunk-tokens", _chunk_why(search, chosen))

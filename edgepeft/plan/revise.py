@@ -13,11 +13,12 @@ from edgepeft.library.parent import check_continues
 from edgepeft.memory.assembly import is_exact
 from edgepeft.memory.calibration import Correction, corrected
 from edgepeft.memory.dry_run import DryRunRequest
-from edgepeft.methods import method_of
+from edgepeft.methods import METHODS, method_of, no_lora_plus
+from edgepeft.methods.full import QUANTIZED, cannot_train
 from edgepeft.plan.device import find_device
 from edgepeft.plan.lengths import SampleLengths
 from edgepeft.plan.prediction import correction_for, predict
-from edgepeft.plan.reasons import TIME, check_samples_left, shown_values, steps_of, time_choice
+from edgepeft.plan.reasons import TIME, check_samples_left, method_values, shown_values, steps_of, time_choice
 from edgepeft.plan.simulated import read_config
 from edgepeft.plan.speed import RunTime, time_run
 from edgepeft.plan.train_plan import Choice, TrainPlan
@@ -137,12 +138,13 @@ def check_fits(plan: TrainPlan, *, where: str = "plan") -> None:
         DoesNotFit: by how much.
     """
     budget, peak = plan.spec.budget_bytes, plan.memory.peak
+    rank = "rank, " if method_of(plan.spec.recipe.method).ranked else ""
     if budget is not None and peak.total_bytes > budget:
         raise DoesNotFit(
             f"{format_bytes(peak.total_bytes)} are needed ({peak.name}), {format_bytes(peak.total_bytes - budget)} "
             f"more than the budget of {format_bytes(budget)}",
             where=where,
-            hint="Lower rank, max_seq_len or micro_batch_tokens, or plan anew without them",
+            hint=f"Lower {rank}max_seq_len or micro_batch_tokens, or plan anew without them",
         )
 
 
@@ -181,6 +183,13 @@ def check_values(spec: RunSpec, where: str) -> None:
     ):
         if not (math.isfinite(value) and value > 0):
             raise BadInput(f"{value} is not possible", where=f"{where}, spec.{key}", hint="Give a number above 0")
+    method = method_of(recipe.method)
+    if method.needs_dense_base and recipe.precision in QUANTIZED:
+        key = f"{where}, spec.recipe.precision"
+        raise BadInput(cannot_train(recipe.precision), where=key, hint="Use bf16")
+    if recipe.optimizer.lora_plus_ratio != 1 and not method.ranked:
+        key = f"{where}, spec.recipe.optimizer.lora_plus_ratio"
+        raise BadInput(no_lora_plus(recipe.method), where=key, hint="Use 1")
     try:
         check_prompts(f"{where}, spec.upkeep.sample_prompts", upkeep.sample_prompts)
     except UsageError as error:
@@ -205,6 +214,17 @@ def _marked(choices: tuple[Choice, ...], spec: RunSpec, time: RunTime | None) ->
         else Choice(choice.what, values[choice.what], "user", EDITED)
         for choice in choices
         if choice.what != TIME
+    ]
+    # Of another method than the plan was made with, or switched on by hand.
+    settings = {"method"} | {field.replace("_", "-") for kind in METHODS.values() for field in kind.fields}
+    marked = [choice for choice in marked if choice.what not in settings or choice.what in values]
+    config = spec.recipe.method
+    usual = {"method": "lora", **method_values(type(config)())}
+    shown = {choice.what for choice in marked}
+    marked += [
+        Choice(what, values[what], "user", EDITED)
+        for what in ("method", *method_values(config))
+        if what not in shown and values[what] != usual[what]
     ]
     # A plan does not show what it leaves switched off.
     switched_on = {

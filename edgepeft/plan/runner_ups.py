@@ -121,7 +121,11 @@ class _Collected:
     def add_full(self) -> None:
         """Adds the training of every weight, where that would take no more than a part of the budget."""
         search = self._search
-        if search.method_id == FULL or search.request.entry.stored_as in ("bnb-4bit", "bnb-8bit"):
+        if (
+            search.request.parent is not None
+            or search.method_id == FULL
+            or search.request.entry.stored_as in ("bnb-4bit", "bnb-8bit")
+        ):
             return
         spec = search.spec(self._chosen)
         recipe = msgspec.structs.replace(spec.recipe, method=FullConfig(), precision=search.compute_dtype)

@@ -7,7 +7,7 @@ import math
 from typing import cast
 
 from edgepeft.errors import UsageError
-from edgepeft.methods import METHODS, MethodConfig, count_parameters, id_of, make_config
+from edgepeft.methods import METHODS, MethodConfig, count_parameters, id_of, make_config, no_lora_plus
 from edgepeft.methods.full import QUANTIZED, cannot_train
 from edgepeft.plan.pins import Pins, check_pins
 from edgepeft.plan.request import Candidate, PlanRequest
@@ -31,8 +31,6 @@ RATE_EXPONENT = 0.82
 """The learning rate goes as width^-0.82: through 2e-4 at 4,096 (QLoRA's rate for Llama-7B, arXiv 2305.14314, which
 lowers it to 1e-4 from 6,656 on) and 1e-3 at 576, found by trial on the embedded model."""
 LARGEST_RATE = 2e-3
-RANKED = ("lora",)
-"""Methods whose rank memory decides."""
 
 
 class Space:
@@ -52,6 +50,9 @@ class Space:
         # 0 alone for a method whose size memory does not decide.
         self.samples_per_step = self._samples_per_step()
         config, method = self.method(self.ranks[-1]), METHODS[self.method_id]
+        if self.pins.get("lora_plus_ratio", 1) != 1 and not METHODS[self.method_id].ranked:
+            why = no_lora_plus(self.method(self.ranks[-1]))
+            raise UsageError(why, where="--lora-plus-ratio", hint="Leave it out")
         # Refuses what does not suit the model.
         count_parameters(config, self.shape)
         self.leading_rows = method.leading_rows(config)
@@ -94,7 +95,7 @@ class Space:
         return tuple(dict.fromkeys(found))
 
     def _possible_ranks(self) -> tuple[int, ...]:
-        if self.method_id not in RANKED:
+        if not METHODS[self.method_id].ranked:
             return (0,)
         if "rank" in self.pins:
             return (self.pins["rank"],)
@@ -141,7 +142,7 @@ class Space:
         options = ("rank", "alpha", "targets", "dropout")
         settings: dict[str, object] = {name: self.pins[name] for name in options if name in self.pins}
         settings |= self.pins["settings"]
-        if self.method_id in RANKED:
+        if METHODS[self.method_id].ranked:
             preset = self.request.preset
             settings.setdefault("alpha", 2.0 * rank)
             settings.setdefault("targets", preset.targets.value)

@@ -15,8 +15,8 @@ from edgepeft.memory.workload import Workload
 
 Counts = np.ndarray[tuple[int], np.dtype[np.int64]]
 
-Size = tuple[int, int, int, bool]
-"""Tokens, longest, trained and later of a micro-batch."""
+Size = tuple[int, int, int, bool, int]
+"""Tokens, longest, trained and later of a micro-batch, and its samples where memory depends on their number."""
 Where = TypeVar("Where")
 EVALUATION = -1
 PACKED_STEPS = 20_000
@@ -63,12 +63,13 @@ def with_leading(tokens: Counts, rows: int) -> Counts:
     return np.where(tokens > 0, tokens + rows, 0) if rows else tokens
 
 
-def largest_micro_batches(run: StepList, cap: int) -> list[MicroBatchSize]:
+def largest_micro_batches(run: StepList, cap: int, *, count_samples: bool = False) -> list[MicroBatchSize]:
     """The micro-batches of all steps that no other one covers, those with most tokens first.
 
     Args:
         run: the steps.
         cap: tokens of a micro-batch, as the layout says it.
+        count_samples: whether memory depends on how many samples there are.
     """
     tokens, trained = run.tokens.tolist(), run.trained.tolist()
     seen: dict[Size, tuple[int, int]] = {}
@@ -82,17 +83,19 @@ def largest_micro_batches(run: StepList, cap: int) -> list[MicroBatchSize]:
         carry = [trained[index] for index in chosen]
         total = sum(lengths)
         if total <= cap or len(chosen) == 1:
-            seen.setdefault((total, max(lengths), sum(carry), False), (step, 0))
+            samples = len(chosen) if count_samples else 0
+            seen.setdefault((total, max(lengths), sum(carry), False, samples), (step, 0))
         elif packed < PACKED_STEPS:
             packed += 1
             for number, group in enumerate(pack(lengths, cap)):
                 sizes = [lengths[place] for place in group]
-                size = (sum(sizes), max(sizes), sum([carry[place] for place in group]), number > 0)
+                trained_rows, samples = sum([carry[place] for place in group]), len(group) if count_samples else 0
+                size = (sum(sizes), max(sizes), trained_rows, number > 0, samples)
                 seen.setdefault(size, (step, number))
         else:
             most = max(*lengths, min(cap, total))
-            seen.setdefault((most, max(lengths), min(most, sum(carry)), True), (step, -1))
-    return [MicroBatchSize(*size, step, _group(run, step, number, cap)) for size, (step, number) in uncovered(seen)]
+            seen.setdefault((most, max(lengths), min(most, sum(carry)), True, 0), (step, -1))
+    return [MicroBatchSize(*size[:4], step, _group(run, step, number, cap)) for size, (step, number) in uncovered(seen)]
 
 
 def largest_step(run: StepList) -> int:
@@ -100,7 +103,9 @@ def largest_step(run: StepList) -> int:
     return max((int(run.tokens[run.samples(step)].sum()) for step in range(run.steps)), default=0)
 
 
-def largest_held_out(tokens: Counts, trained: Counts, cap: int, max_samples: int) -> list[MicroBatchSize]:
+def largest_held_out(
+    tokens: Counts, trained: Counts, cap: int, max_samples: int, *, count_samples: bool = False
+) -> list[MicroBatchSize]:
     """The micro-batches of an evaluation that no other one covers: the first group of what is left, again and again.
 
     Args:
@@ -108,15 +113,17 @@ def largest_held_out(tokens: Counts, trained: Counts, cap: int, max_samples: int
         trained: its tokens whose successor carries loss, [n].
         cap: tokens of a micro-batch.
         max_samples: held-out samples that an evaluation reads at the most.
+        count_samples: see `largest_micro_batches`.
     """
     left = [index for index in range(min(len(tokens), max_samples)) if tokens[index]]
     seen: dict[Size, tuple[int, ...]] = {}
     while left:
         group = tuple(left[place] for place in pack([int(tokens[index]) for index in left], cap)[0])
         sizes = [int(tokens[index]) for index in group]
-        seen.setdefault((sum(sizes), max(sizes), sum(int(trained[index]) for index in group), False), group)
+        rows, samples = sum(int(trained[index]) for index in group), len(group) if count_samples else 0
+        seen.setdefault((sum(sizes), max(sizes), rows, False, samples), group)
         left = [index for index in left if index not in group]
-    return [MicroBatchSize(*size, EVALUATION, group) for size, group in uncovered(seen)]
+    return [MicroBatchSize(*size[:4], EVALUATION, group) for size, group in uncovered(seen)]
 
 
 def uncovered(seen: dict[Size, Where]) -> list[tuple[Size, Where]]:

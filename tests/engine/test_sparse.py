@@ -26,6 +26,7 @@ from edgepeft.library.store import resolve_adapter
 from edgepeft.methods import sparse as light
 from edgepeft.methods.sparse import SparseConfig
 from edgepeft.models.store import ensure_model
+from edgepeft.plan.build import build
 from edgepeft.runs.control import request
 from edgepeft.runs.events import PhaseChanged, StepDone
 from training_runs import of_type, tiny_base, tiny_run, train
@@ -394,6 +395,9 @@ def test_a_continuation_keeps_the_places_and_looks_at_nothing(tmp_path: Path, mo
     train(tiny_run(tmp_path, base, "tiny", method=SparseConfig(density=0.02), max_steps=2))
     parent = find_parent("tiny@v1", base)
     assert parent.method == SparseConfig(density=0.02)
+    planned = build(base.name, tmp_path / "data.jsonl", {"gpu": "cpu", "from_": "tiny"})
+    assert planned.spec.recipe.method == parent.method
+    assert {choice.why for choice in planned.choices if choice.what == "density"} == {"as tiny@v1 has it"}
     monkeypatch.setattr(Candidates, "see", lambda *_: pytest.fail("it looked again"))
     train(tiny_run(tmp_path, base, "tiny", method=parent.method, parent=parent.ref, max_steps=2))
     first, second = (load_file(resolve_adapter(name).weights) for name in ("tiny@v1", "tiny@v2"))

@@ -20,6 +20,7 @@ from edgepeft.methods import FullConfig, LoraConfig, id_of
 from edgepeft.methods.bottleneck import BottleneckConfig
 from edgepeft.methods.compacter import CompacterConfig
 from edgepeft.methods.norm import NormConfig
+from edgepeft.methods.prefix import PrefixConfig
 from edgepeft.models.store import ModelEntry
 from edgepeft.runs.control import request
 from edgepeft.runs.events import CheckpointSaved, Event, Finished, MemoryMeasured, OutOfMemoryHit, Started, StepDone
@@ -62,7 +63,14 @@ def states_at(run: RunFolder, step: int) -> dict[int | None, set[float]]:
     return found
 
 
-CONFIGS = (LoraConfig(rank=2), BottleneckConfig(reduction=8), CompacterConfig(reduction=8), NormConfig(), FullConfig())
+CONFIGS = (
+    LoraConfig(rank=2),
+    BottleneckConfig(reduction=8),
+    CompacterConfig(reduction=8),
+    NormConfig(),
+    FullConfig(),
+    PrefixConfig(3),
+)
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=id_of)

@@ -6,10 +6,12 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import msgspec
 import pytest
+import tomli_w
 from typer.testing import CliRunner
 
 from edgepeft.cli.app import app, run
@@ -108,6 +110,45 @@ def test_an_edited_optimizer_is_kept_and_marked(plan, tmp_path):
 def test_an_edit_that_cannot_be_meant_is_named(plan, tmp_path, key, value):
     with pytest.raises(BadInput, match=rf"p\.toml, .*{key}"):
         revise(read_plan_toml(edited(plan, tmp_path / "p.toml", **{key: value})), where="p.toml")
+
+
+def of_another_method(plan, path, method: dict[str, object], **values) -> Path:
+    edited(plan, path, **values)
+    content = tomllib.loads(path.read_text())
+    content["spec"]["recipe"]["method"] = method
+    path.write_text(tomli_w.dumps(content))
+    return path
+
+
+def test_another_method_by_hand_is_what_the_plan_then_shows(plan, tmp_path):
+    path = of_another_method(plan, tmp_path / "p.toml", {"type": "bottleneck", "reduction": 8.0})
+    revised = revise(read_plan_toml(path), where="p.toml")
+    shown = {choice.what: choice for choice in revised.choices}
+    assert (shown["method"].value, shown["reduction"].value) == ("bottleneck", "8")
+    assert not {"rank", "alpha", "targets", "dropout"} & shown.keys()
+    assert any("[spec] was edited" in note for note in revised.notes)
+    path = of_another_method(plan, tmp_path / "d.toml", {"type": "lora", "rank": 4, "alpha": 8.0, "dora": True})
+    shown = {choice.what: choice for choice in revise(read_plan_toml(path), where="d.toml").choices}
+    assert shown["dora"].value == "yes"
+    assert "method" not in shown
+
+
+@pytest.mark.parametrize(
+    ("method", "values", "message"),
+    [
+        ({"type": "full"}, {"precision": '"nf4"'}, r"spec\.recipe\.precision: a 4-bit base"),
+        ({"type": "ia3"}, {"lora_plus_ratio": 4.0}, r"lora_plus_ratio: LoRA\+ gives"),
+    ],
+)
+def test_a_method_by_hand_must_suit_the_rest(plan, tmp_path, method, values, message):
+    path = of_another_method(plan, tmp_path / "p.toml", method, **values)
+    with pytest.raises(BadInput, match=message):
+        revise(read_plan_toml(path), where="p.toml")
+
+
+def test_lora_plus_is_for_lora(tiny_model, alpaca_file):
+    with pytest.raises(UsageError, match="--lora-plus-ratio: LoRA\\+ gives LoRA's B another learning rate"):
+        build(str(tiny_model), alpaca_file, {"gpu": "cpu", "method": "bottleneck", "lora_plus_ratio": 4.0})
 
 
 def test_an_edit_beyond_the_budget_does_not_fit(plan, tmp_path):

@@ -8,8 +8,10 @@ import msgspec
 import pytest
 
 from edgepeft.errors import UsageError
+from edgepeft.memory.target import CPU
 from edgepeft.memory.workload import Workload
 from edgepeft.methods.prompt import PromptConfig
+from edgepeft.plan.prediction import predict
 from edgepeft.plan.search import Search, make_plan
 from edgepeft.units import GIB
 from plans import entry, request
@@ -74,3 +76,26 @@ def test_a_text_comes_through_whole() -> None:
     text = "Sort alerts: cause = component, severity."
     plan = make_plan(request(lengths=LENGTHS, method="prompt", set=("start=text", f"text={text}")))
     assert plan.spec.recipe.method == PromptConfig(start="text", text=text)
+
+
+def test_many_samples_count_where_something_stands_before_each() -> None:
+    # One micro-batch has more tokens and a longer sample, another one many more samples.
+    lengths = [512] * 8 + [20] * 92
+    found = Search(request(lengths=lengths, method="prefix", set=("tokens=100",), samples_per_step=100))
+    candidate = msgspec.structs.replace(found.leanest(512, "bf16", 0), micro_batch_tokens=2048)
+    assert found.request.lengths is not None
+    workloads = found.request.lengths.exact(found.spec(candidate))
+    most = max(workload.samples for workload in workloads)
+    assert most > 50
+    lora = Search(request(lengths=lengths, samples_per_step=100))
+    without = found.request.lengths.exact(lora.spec(msgspec.structs.replace(candidate, rank=8)))
+    assert {workload.samples for workload in without} == {0}
+
+
+def test_a_prediction_takes_an_evaluation_from_one_workload() -> None:
+    search = Search(request(lengths=LENGTHS, method="prefix", set=("tokens=24",)))
+    spec = search.spec(search.leanest(512, "bf16", 0))
+    first = Workload(2048, 512, 2048, samples=100, held_out_tokens=64, held_out_longest=32, held_out_samples=2)
+    second = Workload(64, 64, 64, samples=1, held_out_tokens=4096, held_out_longest=512, held_out_samples=9)
+    decides = predict(spec, SMOLLM2, (first, second), CPU).workload
+    assert (decides.samples, decides.held_out_tokens, decides.held_out_samples) == (100, 4096, 9)

@@ -13,10 +13,11 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from edgepeft.engine.methods import bias, bottleneck, compacter, full, ia3, lora, norm, prefix, prompt, sparse
-from edgepeft.engine.methods.adapter import PEFT_PREFIX, AttachedAdapter, Parts, Update, check_tensors
+from edgepeft.engine.methods.adapter import AttachedAdapter, Parts, Update, check_tensors
 from edgepeft.engine.methods.targets import resolve_targets
 from edgepeft.engine.model.load import LoadedModel
 from edgepeft.errors import UsageError
+from edgepeft.library.peft_config import PEFT_PREFIX
 from edgepeft.methods import MethodConfig
 
 

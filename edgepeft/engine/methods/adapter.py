@@ -10,10 +10,8 @@ from torch import Tensor, nn
 
 from edgepeft.errors import BadInput
 from edgepeft.library.card import ChangedParameter
+from edgepeft.library.peft_config import PEFT_PREFIX
 from edgepeft.methods import MethodConfig
-
-PEFT_PREFIX = "base_model.model."
-"""What PEFT puts before every module path in its files."""
 
 
 class Update(Protocol):
@@ -95,30 +93,32 @@ class AttachedAdapter:
 
     def file_tensors(self) -> dict[str, Tensor]:
         """What stands in adapter_model.safetensors, by key; on the CPU, float32 or whole numbers."""
-        if self._written is not None:
-            tensors = self._written()
-        else:
-            tensors = {PEFT_PREFIX + name: value for name, value in self.state_dict().items()}
         return {
             key: (value.float() if value.is_floating_point() else value).cpu().contiguous()
-            for key, value in tensors.items()
+            for key, value in self._by_key().items()
         }
 
-    def load_state_dict(self, values: Mapping[str, Tensor]) -> None:
+    def _by_key(self) -> Mapping[str, Tensor]:
+        if self._written is not None:
+            return self._written()
+        return {PEFT_PREFIX + name: value for name, value in self.state_dict().items()}
+
+    def load_state_dict(self, values: Mapping[str, Tensor], *, where: str = "") -> None:
         """Copies values of the same names and shapes into the parameters.
 
         Raises:
             BadInput: a tensor is missing, unknown, of another shape, or not finite; nothing is changed then.
         """
         own = self.state_dict()
-        check_tensors(values, {name: tuple(tensor.shape) for name, tensor in own.items()}, whole=self.named_places())
+        shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
+        check_tensors(values, shapes, whole=self.named_places(), where=where)
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(values[name])
 
     def changed(self) -> list[ChangedParameter]:
         """Every parameter that this adapter adds or changes, by its key in adapter_model.safetensors."""
-        return [ChangedParameter(name=key, shape=tuple(value.shape)) for key, value in self.file_tensors().items()]
+        return [ChangedParameter(name=key, shape=tuple(value.shape)) for key, value in self._by_key().items()]
 
 
 def check_tensors(

@@ -21,6 +21,7 @@ from edgepeft.library.peft_config import check_patterns, is_restricted, value_by
 from edgepeft.library.store import CONFIG_FILE, WEIGHTS_FILE
 from edgepeft.library.tensors import from_layers
 from edgepeft.methods.lora import LoraConfig
+from edgepeft.methods.targets import means
 
 MAGNITUDE = "lora_magnitude_vector"
 """DoRA's lengths of rows, as PEFT's files name them."""
@@ -160,7 +161,7 @@ def _check_targets(
     if not isinstance(targets, list) or is_restricted(settings):
         return
     for path in linears:
-        if path not in modules and any(path == target or path.endswith(f".{target}") for target in targets):
+        if path not in modules and any(means(target, path) for target in targets):
             raise BadInput(
                 f"tensor {path}.lora_A.weight is missing, though {CONFIG_FILE} targets it",
                 where=str(folder / WEIGHTS_FILE),

@@ -15,6 +15,7 @@ from edgepeft.engine.model.load import LoadedModel
 from edgepeft.errors import BadInput, UsageError
 from edgepeft.library.store import CONFIG_FILE
 from edgepeft.methods.norm import NormConfig
+from edgepeft.methods.targets import means
 
 
 class NormUpdate:
@@ -68,7 +69,7 @@ def build(loaded: LoadedModel, config: NormConfig, seed: int) -> Parts:
 
 
 def _means(target: str, path: str) -> bool:
-    return target == "all" or path == target or path.endswith(f".{target}")
+    return target == "all" or means(target, path)
 
 
 def settings_of(adapter: AttachedAdapter) -> dict[str, Any]:

@@ -14,14 +14,15 @@ from typing import Any, TypeVar
 import msgspec
 from torch import Tensor
 
-from edgepeft.engine.methods.adapter import PEFT_PREFIX, AttachedAdapter, Parts, check_tensors
+from edgepeft.engine.methods.adapter import AttachedAdapter, Parts
 from edgepeft.engine.model.load import LoadedModel
 from edgepeft.errors import BadInput, EdgepeftError
-from edgepeft.library.peft_config import OWN_KEY, OWN_PREFIX
+from edgepeft.library.peft_config import OWN_KEY, OWN_PREFIX, PEFT_PREFIX
 from edgepeft.library.store import CONFIG_FILE, WEIGHTS_FILE
 from edgepeft.library.tensors import from_layers
+from edgepeft.methods import MethodConfig
 
-Config = TypeVar("Config", bound=msgspec.Struct)
+Config = TypeVar("Config", bound=MethodConfig)
 
 
 def settings_of(adapter: AttachedAdapter) -> dict[str, Any]:
@@ -54,7 +55,7 @@ def restore_own(
         raise BadInput(
             what, where=str(folder / CONFIG_FILE), hint="It belongs to another base, or is damaged"
         ) from error
-    load_values(AttachedAdapter("", config, parts), tensors, folder)  # type: ignore[arg-type]
+    load_values(AttachedAdapter("", config, parts), tensors, folder)
     return config, parts
 
 
@@ -70,6 +71,4 @@ def load_values(adapter: AttachedAdapter, tensors: Mapping[str, Tensor], folder:
     for key, value in tensors.items():
         name = key.removeprefix(PEFT_PREFIX)
         values[name if name in own else by_ending.get(from_layers(name), name)] = value
-    shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
-    check_tensors(values, shapes, whole=adapter.named_places(), where=str(folder / WEIGHTS_FILE))
-    adapter.load_state_dict(values)
+    adapter.load_state_dict(values, where=str(folder / WEIGHTS_FILE))

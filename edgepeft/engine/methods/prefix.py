@@ -214,8 +214,8 @@ def _parts(
 
 def settings_of(adapter: AttachedAdapter) -> dict[str, Any]:
     """See `EngineMethod`."""
-    updates = list(adapter.updates.values())
-    tokens, kv_heads, head_dim = updates[0].keys_and_values()[0].shape  # type: ignore[attr-defined]
+    updates: list[Any] = list(adapter.updates.values())
+    tokens, kv_heads, head_dim = updates[0].keys_and_values()[0].shape
     return {
         "peft_type": "PREFIX_TUNING",
         "num_virtual_tokens": tokens,
@@ -228,16 +228,26 @@ def settings_of(adapter: AttachedAdapter) -> dict[str, Any]:
     }
 
 
+def tokens_of(settings: Mapping[str, Any], where: str) -> int:
+    """How many tokens stand before each sample, of a prefix or a prompt.
+
+    Raises:
+        BadInput: the settings do not say, or it is for another kind of model.
+    """
+    tokens = settings.get("num_virtual_tokens")
+    if isinstance(tokens, bool) or not isinstance(tokens, int):
+        raise BadInput("num_virtual_tokens must be a whole number", where=where, hint="Save the adapter anew")
+    if settings.get("num_transformer_submodules") not in (None, 1):
+        raise BadInput("it is for an encoder and a decoder", where=where, hint="Use one for a causal model")
+    return tokens
+
+
 def restore(
     loaded: LoadedModel, settings: Mapping[str, Any], tensors: Mapping[str, Tensor], folder: Path
 ) -> tuple[PrefixConfig, Parts]:
     """See `EngineMethod`; the prefix, whatever made it."""
     where, shape = str(folder / CONFIG_FILE), loaded.shape
-    tokens = settings.get("num_virtual_tokens")
-    if isinstance(tokens, bool) or not isinstance(tokens, int):
-        raise BadInput("num_virtual_tokens must be a whole number", where=where, hint="Save the adapter anew")
-    if settings.get("num_transformer_submodules") not in (None, 1):
-        raise BadInput("it is a prefix for an encoder and a decoder", where=where, hint="Use one for a causal model")
+    tokens = tokens_of(settings, where)
     try:
         config = PrefixConfig(tokens)
         sites = _sites(loaded, config)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from edgepeft.data.tokens import Tokenizer
 from edgepeft.engine.kernels import has_values
 from edgepeft.engine.methods.adapter import AttachedAdapter, Parts, check_tensors
+from edgepeft.engine.methods.prefix import FILE_KEY, tokens_of
 from edgepeft.engine.methods.seeds import generator_of
 from edgepeft.engine.model.load import LoadedModel
 from edgepeft.engine.model.prompt import PromptSite
@@ -20,8 +21,6 @@ from edgepeft.library.store import CONFIG_FILE, WEIGHTS_FILE
 from edgepeft.methods import count_parameters
 from edgepeft.methods.prompt import PromptConfig
 
-FILE_KEY = "prompt_embeddings"
-"""PEFT's name of the tensor."""
 _DEVIATION = 0.02
 """Of random rows, as models draw their embeddings."""
 
@@ -82,7 +81,8 @@ def _parts(rows: Tensor) -> Parts:
 
 def settings_of(adapter: AttachedAdapter) -> dict[str, Any]:
     """See `EngineMethod`."""
-    tokens, hidden = adapter.updates[PromptSite.name].rows.shape  # type: ignore[attr-defined]
+    update: Any = adapter.updates[PromptSite.name]
+    tokens, hidden = update.rows.shape
     return {
         "peft_type": "PROMPT_TUNING",
         "num_virtual_tokens": tokens,
@@ -97,11 +97,7 @@ def restore(
 ) -> tuple[PromptConfig, Parts]:
     """See `EngineMethod`."""
     where = str(folder / CONFIG_FILE)
-    tokens = settings.get("num_virtual_tokens")
-    if isinstance(tokens, bool) or not isinstance(tokens, int):
-        raise BadInput("num_virtual_tokens must be a whole number", where=where, hint="Save the adapter anew")
-    if settings.get("num_transformer_submodules") not in (None, 1):
-        raise BadInput("it is a prompt for an encoder and a decoder", where=where, hint="Use one for a causal model")
+    tokens = tokens_of(settings, where)
     try:
         config = PromptConfig(tokens)
         count_parameters(config, loaded.shape)

@@ -97,7 +97,8 @@ class Candidates:
         """Adds |gᵀ x|, for x [tokens, in] and g [tokens, out] of one sample."""
         new = _Best(self._most, self._places.device)
         for block in blocks_of(self._shape, self._places):
-            found = (g[:, block.rows].t() @ x).view(-1).abs_()
+            # A gradient that overflowed tells nothing.
+            found = (g[:, block.rows].t() @ x).view(-1).abs_().nan_to_num_(nan=0.0, posinf=0.0)
             known = self._places[block.inside] - block.begin
             self._scores[block.inside] += found.index_select(0, known)
             # Those are there already.

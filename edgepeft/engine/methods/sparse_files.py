@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from edgepeft.engine.methods import own_files
-from edgepeft.engine.methods.adapter import PEFT_PREFIX, AttachedAdapter, Parts
+from edgepeft.engine.methods.adapter import AttachedAdapter, Parts
 from edgepeft.engine.methods.lora_files import target_modules
 from edgepeft.errors import BadInput, EdgepeftError
-from edgepeft.library.peft_config import OWN_KEY
+from edgepeft.library.peft_config import OWN_KEY, PEFT_PREFIX
 from edgepeft.library.store import CONFIG_FILE, WEIGHTS_FILE
 from edgepeft.methods.sparse import SparseConfig
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from edgepeft.engine.model.linear import AdaptedLinear
 from edgepeft.errors import UsageError
+from edgepeft.methods.targets import means
 
 
 def resolve_targets(targets: Sequence[str], linears: Mapping[str, AdaptedLinear]) -> list[str]:
@@ -18,7 +19,7 @@ def resolve_targets(targets: Sequence[str], linears: Mapping[str, AdaptedLinear]
     """
     chosen: set[str] = set()
     for target in targets:
-        matches = {path for path in linears if target == "all-linear" or path == target or path.endswith(f".{target}")}
+        matches = {path for path in linears if target == "all-linear" or means(target, path)}
         if not matches:
             known = ", ".join(sorted({path.rsplit(".", 1)[-1] for path in linears}))
             raise UsageError(

@@ -7,6 +7,7 @@ keys and values; gate and up) are computed by one such function together.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
@@ -21,7 +22,7 @@ Kept = tuple[Tensor, ...]
 Gradients = tuple[Tensor | None, ...]
 
 
-class LinearUpdate:
+class LinearUpdate(ABC):
     """What one adapter adds to the product of one linear layer; every PEFT method for linears derives from it.
 
     `scale` is the strength of use: 1 is as trained. Calls come from inside an autograd function, so nothing in them is
@@ -40,9 +41,9 @@ class LinearUpdate:
         """Whether it multiplies what is in y already; what came before it then sees another gradient."""
         return False
 
+    @abstractmethod
     def tensors(self) -> tuple[Tensor, ...]:
         """The trainable tensors, float32."""
-        raise NotImplementedError
 
     def add_forward(self, x: Tensor, y: Tensor, scale: float) -> Kept:
         """Adds the update for x [tokens, in] to y [tokens, out] in place; returns what to keep for backward."""
@@ -61,13 +62,13 @@ class LinearUpdate:
         """What is multiplied with and added in place of `weight` and `bias`; asked where `replaces_weight`."""
         return weight, bias
 
+    @abstractmethod
     def add_backward(self, x: Tensor | None, g: Tensor, grad_x: Tensor | None, scale: float, kept: Kept) -> Gradients:
         """Adds the update's part to `grad_x` [tokens, in] in place, where there is one.
 
         Returns the gradients of `tensors()`, in their order, for g [tokens, out]. x is None where no tensor is
         trained, and where no update keeps it.
         """
-        raise NotImplementedError
 
     def together(self, uses: Sequence[Use]) -> SharedUpdate | None:
         """One update that does the work of several, each of another linear with the same input; this one is the first

@@ -1,7 +1,8 @@
 """Where adapters can be put into a model: each site holds any number of named updates and the list of active ones.
 
-Linears are sites themselves (`engine.model.linear`); here are the others: the branches of a decoder layer, whose
-results meet the residual stream, and the gains of norms. A site without active updates runs the model's own code.
+Linears are sites themselves (`engine.model.linear`), and so are what stands before samples (`prefix`, `prompt`) and the
+embedding and head (`tables`). Here are the branches of a decoder layer, whose results meet the residual stream, and the
+gains of norms. A site without active updates runs the model's own code.
 """
 
 from __future__ import annotations

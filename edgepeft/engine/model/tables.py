@@ -39,7 +39,7 @@ class AdaptedTable:
         reads_ids: whether it is an embedding.
     """
 
-    def __init__(self, module: nn.Module, name: str, *, reads_ids: bool) -> None:
+    def __init__(self, module: nn.Embedding | nn.Linear, name: str, *, reads_ids: bool) -> None:
         self.name = name
         self.module = module
         self.adapters: dict[str, TableUpdate] = {}
@@ -51,8 +51,7 @@ class AdaptedTable:
     @property
     def own(self) -> Tensor:
         """The base's table."""
-        table: Tensor = self.module.weight  # type: ignore[assignment]
-        return table
+        return self.module.weight
 
     def activate(self, active: Sequence[tuple[str, float]]) -> None:
         """See `Site`."""

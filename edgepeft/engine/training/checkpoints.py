@@ -18,9 +18,10 @@ from typing import Any
 import msgspec
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from edgepeft.engine.saving import save_tensors
 from edgepeft.engine.training.measured import MeasuredPeak
 from edgepeft.errors import BadInput, DiskProblem
 from edgepeft.hardware.energy import EnergyUse
@@ -253,12 +254,8 @@ def _folders(root: Path) -> Iterator[tuple[int, Path]]:
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    try:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
-    except SafetensorError as error:
-        raise DiskProblem(
-            f"cannot be written: {error}", where=str(path), hint="Check the disk; earlier checkpoints are kept"
-        ) from error
+    held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_tensors(path, held, hint="Check the disk; earlier checkpoints are kept")
 
 
 def _sha256(path: Path) -> str:

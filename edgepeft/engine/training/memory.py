@@ -29,6 +29,8 @@ class Size(NamedTuple):
     """Whether there are gradients before it."""
     trained: int = 0
     """Tensors that get a gradient; more of them while layers are unfrozen."""
+    samples: int = 0
+    """Of it, where something stands before each that needs memory by itself; else 0."""
 
 
 NEAR_LARGEST = 0.97

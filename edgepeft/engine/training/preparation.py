@@ -23,6 +23,7 @@ from edgepeft.memory.assembly import is_exact
 from edgepeft.memory.optimizer import state_bytes
 from edgepeft.memory.weights import base_bytes
 from edgepeft.memory.workload import Workload
+from edgepeft.methods import method_of
 from edgepeft.plan.workloads import MicroBatchSize, StepList
 from edgepeft.runs.events import Cause, PhaseChanged, Warned
 from edgepeft.units import format_bytes
@@ -48,10 +49,10 @@ def prepare(training: Training, smaller: Cause | None = None) -> bool:
     _let_gauge_compare(training)
     training.unfreezing.train_all()
     try:
-        choose_entries(training)
-        _create_state(training)
         if smaller is not None:
             _begin_smaller(training, smaller)
+        choose_entries(training)
+        _create_state(training)
         _probe(training)
     except StopRun:
         return True
@@ -72,7 +73,7 @@ def _let_gauge_compare(training: Training) -> None:
     def predict(size: Size) -> int:
         spec = msgspec.structs.replace(training.plan.spec, layout=training.position.layout)
         # Which rows of all meet the head matters little: all of them, for every micro-batch alike.
-        workload = Workload(size.tokens, size.longest, size.tokens, alone=not size.gradients)
+        workload = Workload(size.tokens, size.longest, size.tokens, alone=not size.gradients, samples=size.samples)
         return step_bytes(spec, shape, target, workload) - base
 
     training.gauge.predict = predict
@@ -90,7 +91,7 @@ def _create_state(training: Training) -> None:
         failed = first_line(error)
     sizes = [parameter.numel() for parameter in training.update.parameters.values()]
     needed = state_bytes(training.plan.spec.recipe.optimizer.name, sizes)
-    smaller = "a smaller --rank or " if hasattr(training.plan.spec.recipe.method, "rank") else ""
+    smaller = "a smaller --rank or " if method_of(training.plan.spec.recipe.method).ranked else ""
     raise OutOfMemory(
         f"the optimizer's state of {format_bytes(needed)} does not fit beside the model ({failed})",
         hint=f"Close other programs and resume the run, or plan again with {smaller}a larger --budget",

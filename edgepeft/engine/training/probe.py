@@ -40,9 +40,9 @@ def choose_trials(run: StepList, spec: RunSpec, shape: ModelShape, target: Targe
         target: the device.
     """
     cap = spec.layout.micro_batch_tokens
-    real = [size if size.samples else _largest_of_step(run, size.step, cap) for size in largest_micro_batches(run, cap)]
-
     counts = counts_samples(spec.recipe)
+    found = largest_micro_batches(run, cap, count_samples=counts)
+    real = [size if size.samples else _largest_of_step(run, size.step, cap) for size in found]
 
     def needed(size: MicroBatchSize) -> int:
         workload = Workload(

@@ -9,7 +9,7 @@ import msgspec
 import torch
 
 from edgepeft.data.packing import pack
-from edgepeft.methods import method_of
+from edgepeft.methods import LoraConfig, method_of
 from edgepeft.spec import Layout, Recipe
 
 _SMALLEST_CHUNK = 16
@@ -74,8 +74,8 @@ def what_would_help(tokens: int, recipe: Recipe) -> str:
     base = "" if recipe.precision == "nf4" else ", or a base in nf4 with --precision nf4"
     if method_of(recipe.method).needs_dense_base:
         base = ", or an adapter alone with --method lora"
-    rank = getattr(recipe.method, "rank", 0)
-    smaller = f", with a rank smaller than {rank}" if rank > 1 else ""
+    method = recipe.method
+    smaller = f", with a rank smaller than {method.rank}" if isinstance(method, LoraConfig) and method.rank > 1 else ""
     return f"Resume when more memory is free, or train with --max-seq-len {max(1, tokens // 2)}{smaller}{base}"
 
 

@@ -121,6 +121,7 @@ class StepRunner:
             size = _size(group, layout)._replace(
                 gradients=any(tensor.grad is not None for tensor in self._trained),
                 trained=sum(tensor.requires_grad for tensor in self._trained),
+                samples=len(group) if self._loaded.prefix_tokens else 0,
             )
             watched: AbstractContextManager[object] = nullcontext()
             if watch_all or self._gauge.wants(size):

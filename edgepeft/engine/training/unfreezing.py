@@ -45,12 +45,13 @@ class Unfreezing:
 
 def _by_layer(loaded: LoadedModel, adapter: AttachedAdapter) -> list[list[nn.Parameter]]:
     """For each decoder layer, from the bottom, the tensors that the adapter has in it alone."""
-    inside = {id(module): number for number, layer in enumerate(loaded.layers) for module in layer.modules()}
-    layer_of = {path: inside.get(id(module)) for path, module in loaded.model.named_modules()}
+    numbers = {id(layer): number for number, layer in enumerate(loaded.layers)}
+    # A site's name is the path of a module, or begins with one.
+    begins = {f"{path}.": numbers[id(module)] for path, module in loaded.model.named_modules() if id(module) in numbers}
     shared = {id(parameter) for parameter in adapter.shared.values()}
     found: list[list[nn.Parameter]] = [[] for _ in loaded.layers]
-    for path, update in adapter.updates.items():
-        number = layer_of.get(path)
+    for site, update in adapter.updates.items():
+        number = next((number for begin, number in begins.items() if site.startswith(begin)), None)
         if number is not None:
             found[number] += [tensor for tensor in update.named_tensors().values() if id(tensor) not in shared]
     return found
