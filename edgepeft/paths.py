@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -139,6 +140,21 @@ def make_folder(folder: Path) -> None:
                 where=str(folder),
                 hint="Check the path, and EDGEPEFT_HOME where it is set",
             ) from error
+
+
+@contextmanager
+def temporary_folder(parent: Path, prefix: str = "", suffix: str = "") -> Iterator[Path]:
+    """A new empty folder in an existing one; it and what is left in it is gone afterwards.
+
+    Raises:
+        DiskProblem: the disk is full, or may not be written.
+    """
+    with disk_errors(parent):
+        folder = Path(tempfile.mkdtemp(dir=parent, prefix=prefix, suffix=suffix))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -121,8 +121,8 @@ def _encoded(
         yield from (_prompt(line, tokenizer, template) for line in lines if line.strip())
         return
     own = data is not None and str(path) in (data.path, data.eval_path)
-    columns = data.columns if data is not None and own else None
-    for record in read_records(path, columns=columns):
+    form, columns = (data.format, data.columns) if data is not None and own else (None, None)
+    for record in read_records(path, form, columns):
         if isinstance(record, BadRecord) or (record.messages and template is None):
             continue
         try:

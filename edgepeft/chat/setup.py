@@ -16,7 +16,7 @@ from edgepeft.data.template import BUILT_IN, ChatTemplate
 from edgepeft.data.tokens import Tokenizer, untrained_tokens
 from edgepeft.errors import BadInput, UsageError
 from edgepeft.library.card import Card
-from edgepeft.library.store import AdapterFolder, check_base, resolve_adapter
+from edgepeft.library.store import AdapterFolder, check_base, resolve_adapter, split_reference
 from edgepeft.models.embedded import EMBEDDED
 from edgepeft.models.store import ModelEntry, ensure_model, list_models
 from edgepeft.plan.device import PlanDevice, find_device
@@ -75,9 +75,8 @@ def parse_adapter(text: str) -> ChosenAdapter:
         UsageError: the strength is not a number.
         BadInput: there is no such adapter.
     """
-    reference, separator, strength = text.rpartition("=")
-    # A path may hold an equals sign.
-    if not separator or Path(text).expanduser().is_dir():
+    reference, strength = split_reference(text, "=")
+    if strength is None:
         return ChosenAdapter(resolve_adapter(text))
     try:
         scale = float(strength)

@@ -57,7 +57,7 @@ def list_(as_json: JsonFlag = False) -> None:
             grid,
             adapter.reference,
             (card.base if card else str(adapter.config.get("base_model_name_or_path") or "")) or "n/a",
-            _method(adapter),
+            adapter.method,
             (card.precision if card else None) or "n/a",
             "n/a" if loss is None else f"{loss:.3f}",
             format_bytes(adapter.weights.stat().st_size),
@@ -105,7 +105,7 @@ def show(
             line(f"{'×'.join(map(str, tensor.shape)):>12}  {tensor.dtype}  {tensor.name}")
     else:
         total = sum(tensor.entries for tensor in tensors)
-        line(f"{len(tensors)} parameters with {total:,} entries, all of them added beside a frozen base:", "bold")
+        line(f"{len(tensors)} parameters with {total:,} entries that it adds or changes:", "bold")
         groups = _grouped([(tensor.name, tensor.shape) for tensor in tensors])
         changes = table("where", "layers", "shapes", "entries", right=("entries",))
         for where, layers, shapes, entries in groups:
@@ -193,7 +193,7 @@ def _summary(adapter: AdapterFolder) -> dict[str, Any]:
         "version": adapter.version,
         "path": str(adapter.path),
         "bytes": adapter.weights.stat().st_size,
-        "method": _method(adapter),
+        "method": adapter.method,
         "base": card.base if card else adapter.config.get("base_model_name_or_path"),
         "base_fingerprint": card.base_fingerprint if card else None,
         "precision": card.precision if card else None,
@@ -201,14 +201,6 @@ def _summary(adapter: AdapterFolder) -> dict[str, Any]:
         "created": card.created if card else None,
         "metrics": card.metrics if card else {},
     }
-
-
-def _method(adapter: AdapterFolder) -> str:
-    from edgepeft.library.peft_config import OWN_PREFIX
-
-    kind = str(adapter.config["peft_type"]).removeprefix(OWN_PREFIX).lower()
-    rank = adapter.config.get("r")
-    return f"{kind} r{rank}" if isinstance(rank, int) else kind
 
 
 def _lineage_lines(card: Card) -> list[tuple[str, str]]:
@@ -288,7 +280,7 @@ def _config_lines(adapter: AdapterFolder) -> list[tuple[str, str]]:
     return [
         ("card", "none: it was not made by edgepeft, so its base is checked by shape only"),
         ("base", f"{config.get('base_model_name_or_path') or 'n/a'}, as its config says"),
-        ("method", _method(adapter) + (f", alpha {config['lora_alpha']}" if "lora_alpha" in config else "")),
+        ("method", adapter.method + (f", alpha {config['lora_alpha']}" if "lora_alpha" in config else "")),
         ("modules", ", ".join(sorted(map(str, targets))) if isinstance(targets, list) else str(targets or "n/a")),
     ]
 

@@ -32,7 +32,11 @@ def merge(
     ] = None,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help="bf16, fp16 or fp32; by default the base's.", show_default=False),
+        typer.Option(
+            "--dtype",
+            help="bf16, fp16 or fp32; by default the base's; into dequantized weights, training's.",
+            show_default=False,
+        ),
     ] = None,
     base: Base = None,
     format: Annotated[str, typer.Option("--format", help="safetensors, gguf-f16 or gguf-q8_0.")] = "safetensors",
@@ -65,7 +69,7 @@ def merge(
     from edgepeft.cli.worker_progress import timed_progress
     from edgepeft.library import merge_client, merging
     from edgepeft.library.store import resolve_adapter
-    from edgepeft.library.target_path import check_target
+    from edgepeft.library.target_path import Kind, check_target
 
     kind = msgspec.convert(merging.check_format(format, get_args(merging.ModelFormat)), merging.ModelFormat)
     adapter = resolve_adapter(reference)
@@ -74,7 +78,8 @@ def merge(
     with timed_progress() as progress:
         setup = choose_setup(base, [ChosenAdapter(adapter)], gpu="cpu", progress=progress)
         entry, card = setup.entry, adapter.card
-        target = check_target(out, "model" if kind == "safetensors" else "gguf", replace=force, base=entry)
+        place: Kind = "model" if kind == "safetensors" else "gguf"
+        target = check_target(out, place, replace=force, base=entry, adapter=adapter.path)
         precision, compute_dtype = merging.how_trained(adapter, entry.stored_as)
         texts = choose_prompts(entry, setup.adapters[0], prompts)
         request = merging.MergeRequest(
@@ -137,7 +142,7 @@ def export(
     from edgepeft.cli.worker_progress import timed_progress
     from edgepeft.library import merge_client, merging
     from edgepeft.library.store import resolve_adapter
-    from edgepeft.library.target_path import check_target
+    from edgepeft.library.target_path import Kind, check_target
     from edgepeft.units import format_bytes
 
     kind = msgspec.convert(merging.check_format(format, get_args(merging.AdapterFormat)), merging.AdapterFormat)
@@ -145,7 +150,8 @@ def export(
     merging.check_mergeable(adapter)
     with timed_progress() as progress:
         setup = choose_setup(base, [ChosenAdapter(adapter)], gpu="cpu", progress=progress)
-        target = check_target(out, "adapter" if kind == "peft" else "gguf", replace=force, base=setup.entry)
+        place: Kind = "adapter" if kind == "peft" else "gguf"
+        target = check_target(out, place, replace=force, base=setup.entry, adapter=adapter.path)
         request = merging.ExportRequest(
             base=setup.entry.name,
             adapter=str(adapter.path),
@@ -190,10 +196,11 @@ def _tell_merged(
     from edgepeft.library.merging import drift_text
     from edgepeft.units import format_bytes
 
+    rounded = "" if kind == "safetensors" else ", rounded to the file's type"
     form = request.dtype if kind == "safetensors" else kind.removeprefix("gguf-")
     line(f"Wrote {target} ({format_bytes(result.size_bytes)}, {form})")
     line(f"  merged into the {choice.into} weights: {choice.why}")
-    line(f"  {result.changed} of {result.tensors} tensors changed, the others are the base's")
+    line(f"  {result.changed} of {result.tensors} tensors changed, the others are the base's" + rounded)
     line(f"  against the adapter on its base, on {compared_on}:")
     line(f"  {drift_text(result.drift)}", None if result.drift.mean_kl <= limit else "yellow")
     line(f"  edgepeft models add {target}", "dim")

@@ -1,4 +1,4 @@
-"""What is shown on stderr while a base is prepared and loaded."""
+"""What is shown on stderr while another process works: loading, evaluating, combining, merging."""
 
 from __future__ import annotations
 
@@ -47,37 +47,21 @@ def start_inference(setup: Setup) -> SyncInference:
 @contextmanager
 def evaluation_progress() -> Iterator[Callable[[EvaluationProgress], None]]:
     """Done of total with the time left: in place on a terminal, a line now and then in a pipe."""
-    import time
-
-    from rich.text import Text
-
     from edgepeft.units import format_seconds
 
-    def text_of(state: EvaluationProgress) -> str:
-        left = "" if state.eta_seconds is None else f", {format_seconds(state.eta_seconds)} left"
-        return f"{state.what}: {state.done} of {state.total}{left}"
+    with _told_at_times("reading the data") as tell:
 
-    if stderr.is_terminal:
-        with stderr.status(Text("reading the data", style="dim"), spinner="dots") as status:
-            yield lambda state: status.update(Text(text_of(state), style="dim"))
-        return
-    told = time.monotonic()
+        def tell_state(state: EvaluationProgress) -> None:
+            left = "" if state.eta_seconds is None else f", {format_seconds(state.eta_seconds)} left"
+            tell(f"{state.what}: {state.done} of {state.total}{left}", state.done == state.total)
 
-    def tell(state: EvaluationProgress) -> None:
-        nonlocal told
-        if time.monotonic() - told >= _QUIET_SECONDS or state.done == state.total:
-            told = time.monotonic()
-            note(text_of(state))
-
-    yield tell
+        yield tell_state
 
 
 @contextmanager
 def timed_progress() -> Iterator[Callable[[str, float | None], None]]:
     """What is done, how much of it, and the time left: in place on a terminal, a line now and then in a pipe."""
     import time
-
-    from rich.text import Text
 
     from edgepeft.units import format_seconds
 
@@ -93,16 +77,26 @@ def timed_progress() -> Iterator[Callable[[str, float | None], None]]:
         left = (now - begun) / fraction * (1 - fraction) if fraction >= _ETA_SHARE else None
         return f"{what}: {fraction:.0%}" + ("" if left is None else f", {format_seconds(left)} left")
 
+    with _told_at_times("starting") as tell:
+        yield lambda what, fraction: tell(text_of(what, fraction), False)
+
+
+@contextmanager
+def _told_at_times(first: str) -> Iterator[Callable[[str, bool], None]]:
+    """Takes (text, whether it must be seen): in place on a terminal, a line now and then in a pipe."""
+    import time
+
+    from rich.text import Text
+
     if stderr.is_terminal:
-        with stderr.status(Text("starting", style="dim"), spinner="dots") as status:
-            yield lambda what, fraction: status.update(Text(text_of(what, fraction), style="dim"))
+        with stderr.status(Text(first, style="dim"), spinner="dots") as status:
+            yield lambda text, _: status.update(Text(text, style="dim"))
         return
     told = time.monotonic()
 
-    def tell(what: str, fraction: float | None) -> None:
+    def tell(text: str, needed: bool) -> None:
         nonlocal told
-        text = text_of(what, fraction)
-        if time.monotonic() - told >= _QUIET_SECONDS:
+        if needed or time.monotonic() - told >= _QUIET_SECONDS:
             told = time.monotonic()
             note(text)
 

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +12,7 @@ from edgepeft.library.combined_card import adapter_config, combined_card
 from edgepeft.library.combining import Combined, CombineRequest, PartTensors, Plan
 from edgepeft.library.store import CONFIG_FILE, WEIGHTS_FILE, AdapterFolder, publish, resolve_adapter
 from edgepeft.models.headers import read_header
-from edgepeft.paths import disk_errors, home, make_folder, write_atomic
+from edgepeft.paths import home, make_folder, temporary_folder, write_atomic
 from edgepeft.processes import Progress, Task, run_task
 
 
@@ -37,9 +33,12 @@ def combine(
         BadInput: a tensor is damaged or not finite, or the updates cancel each other.
         DiskProblem: the disk is full, or may not be written.
     """
-    with _work_folder() as work:
+    # In the cache, which a command clears should it be left behind.
+    root = home().cache / "combining"
+    make_folder(root)
+    with temporary_folder(root) as work:
         question = msgspec.json.encode(request_for(plan, work / WEIGHTS_FILE))
-        task = Task("combine", "the work", "combine", (), question, "Combine fewer adapters at once")
+        task = Task("combine", "the combination", "combine", (), question, "Combine fewer adapters at once")
         made = run_task(task, Combined, progress)
         config = adapter_config(plan, made.ranks)
         write_atomic(work / CONFIG_FILE, json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -65,16 +64,3 @@ def request_for(plan: Plan, weights_file: Path) -> CombineRequest:
         seed=plan.seed or 0,
         weights_file=str(weights_file),
     )
-
-
-@contextlib.contextmanager
-def _work_folder() -> Iterator[Path]:
-    """An empty folder for what is being made; in the cache, which is cleared by a command should it be left behind."""
-    root = home().cache / "combining"
-    make_folder(root)
-    with disk_errors(root):
-        work = Path(tempfile.mkdtemp(dir=root))
-        try:
-            yield work
-        finally:
-            shutil.rmtree(work, ignore_errors=True)

@@ -10,8 +10,7 @@ import msgspec
 
 from edgepeft.errors import BadInput, UsageError
 from edgepeft.library.lora_pairs import LoraPair, read_lora_pairs
-from edgepeft.library.parent import weights_digest
-from edgepeft.library.store import AdapterFolder, resolve_adapter
+from edgepeft.library.store import AdapterFolder, resolve_adapter, split_reference, weights_digest
 
 TRAIN_SAMPLES = "train_samples"
 """The metric of a card that holds how many distinct samples the adapter was trained on."""
@@ -43,7 +42,7 @@ def weighted_parts(texts: Sequence[str]) -> tuple[list[Part], list[str]]:
     weights: dict[Path, list[float]] = {}
     adapters: dict[Path, AdapterFolder] = {}
     for text in texts:
-        reference, said = _split(text, "=")
+        reference, said = split_reference(text, "=")
         weight = 1.0 if said is None else _weight(said, text)
         adapter = resolve_adapter(reference)
         place = adapter.path.resolve()
@@ -81,7 +80,7 @@ def averaged_parts(texts: Sequence[str], by: str) -> list[Part]:
         raise UsageError(f"unknown weighting {by!r}", where="--by", hint="Known: samples, equal")
     found: dict[Path, tuple[AdapterFolder, int | None]] = {}
     for text in texts:
-        reference, said = _split(text, ":")
+        reference, said = split_reference(text, ":")
         count = None if said is None else _count(said, text)
         if count is not None and by == "equal":
             raise UsageError(
@@ -99,14 +98,6 @@ def averaged_parts(texts: Sequence[str], by: str) -> list[Part]:
         Part(adapter, weights_digest(adapter), (count or 1) / total, read_lora_pairs(adapter), count)
         for adapter, count in found.values()
     ]
-
-
-def _split(text: str, mark: str) -> tuple[str, str | None]:
-    """The reference, and what stands behind the last `mark`; a path may hold the mark itself."""
-    reference, found, rest = text.rpartition(mark)
-    if not found or Path(text).expanduser().is_dir():
-        return text, None
-    return reference, rest
 
 
 def _weight(said: str, text: str) -> float:

@@ -12,7 +12,7 @@ from typing import Any, Literal, TypeVar
 from edgepeft.library.card import Card, ChangedParameter, Combination, CombinedPart, TemplateRecord
 from edgepeft.library.combine_parts import TRAIN_SAMPLES
 from edgepeft.library.combining import Combined, Plan
-from edgepeft.library.peft_config import is_restricted, value_by_pattern
+from edgepeft.library.peft_config import is_restricted, plain_lora_config, value_by_pattern
 from edgepeft.models.headers import TensorHeader
 from edgepeft.spec import Precision
 
@@ -27,25 +27,16 @@ def adapter_config(plan: Plan, ranks: Mapping[str, int]) -> dict[str, Any]:
     rank = max(count, key=lambda value: (count[value], value))
     pattern = rank_pattern(ranks, rank)
     first = plan.parts[0].adapter.config
-    return {
-        "peft_type": "LORA",
-        "task_type": first.get("task_type") or "CAUSAL_LM",
-        "base_model_name_or_path": plan.base or first.get("base_model_name_or_path"),
-        "inference_mode": True,
-        "r": rank,
-        "lora_alpha": rank,
-        "lora_dropout": 0.0,
-        "use_rslora": False,
-        "target_modules": _targets(plan),
-        "rank_pattern": pattern,
-        "alpha_pattern": pattern,
-        "bias": "none",
-        "fan_in_fan_out": any(bool(part.adapter.config.get("fan_in_fan_out")) for part in plan.parts),
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "layers_to_transform": None,
-        "use_dora": False,
-    }
+    return plain_lora_config(
+        plan.base or first.get("base_model_name_or_path"),
+        rank,
+        rank,
+        _targets(plan),
+        rank_pattern=pattern,
+        alpha_pattern=pattern,
+        task_type=first.get("task_type") or "CAUSAL_LM",
+        fan_in_fan_out=any(bool(part.adapter.config.get("fan_in_fan_out")) for part in plan.parts),
+    )
 
 
 def rank_pattern(ranks: Mapping[str, int], usual: int) -> dict[str, int]:

@@ -16,7 +16,7 @@ from edgepeft.library.card import How
 from edgepeft.library.combine_parts import Part
 from edgepeft.library.lora_pairs import LoraPair, join_paths
 from edgepeft.library.store import AdapterFolder, check_same_base, find_newest
-from edgepeft.library.tensors import lora_dimensions
+from edgepeft.library.tensors import linear_of_other_size
 from edgepeft.models.headers import read_header
 from edgepeft.paths import check_name
 
@@ -275,17 +275,14 @@ def _check_name_free(plan: Plan) -> None:
     newest = find_newest(plan.name)
     if newest is None or newest.config.get("peft_type") != "LORA":
         return
-    theirs = lora_dimensions(read_header(newest.weights))
     for part in plan.parts:
-        ours = lora_dimensions(read_header(part.adapter.weights))
-        for linear in ours.keys() & theirs.keys():
-            layers = ours[linear].keys() & theirs[linear].keys()
-            if any(ours[linear][layer] != theirs[linear][layer] for layer in layers):
-                raise BadInput(
-                    f"{newest.reference} has another base: its {linear} has other sizes",
-                    where="--name",
-                    hint="Choose another name",
-                )
+        linear = linear_of_other_size(read_header(part.adapter.weights), read_header(newest.weights))
+        if linear is not None:
+            raise BadInput(
+                f"{newest.reference} has another base: its {linear} has other sizes",
+                where="--name",
+                hint="Choose another name",
+            )
 
 
 def _check_equal_ranks(plan: Plan) -> None:

@@ -10,14 +10,12 @@ from typing import Any
 import msgspec
 
 from edgepeft.errors import BadInput
-from edgepeft.library.peft_config import check_patterns, check_supported, value_by_pattern
+from edgepeft.library.peft_config import PEFT_PREFIX, check_patterns, check_supported, value_by_pattern
 from edgepeft.library.store import CONFIG_FILE, AdapterFolder
 from edgepeft.library.tensors import from_layers
 from edgepeft.models.headers import TensorHeader, read_header
 
-PREFIX = "base_model.model."
-"""What PEFT puts before every module path in its files."""
-_KEY = re.compile(rf"(?:{re.escape(PREFIX)})?(?P<path>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
+_KEY = re.compile(rf"(?:{re.escape(PEFT_PREFIX)})?(?P<path>.+)\.lora_(?P<side>[AB])(?:\.default)?\.weight")
 _FLOATS = ("F16", "BF16", "F32", "F64")
 _ANEW = "It was damaged, or another program wrote it: save it anew where it was made"
 

@@ -39,7 +39,7 @@ def merge(
         made = work / "model"
         made.mkdir()
         outcome = run_task(_task(request, made), Merged, progress)
-        check_drift(outcome.drift, limit_nats, request.into, force=force)
+        check_drift(outcome.drift, limit_nats, request.into, force=force, format=request.format, dtype=request.dtype)
         put_in_place(made if request.format == "safetensors" else made / MODEL_FILE, target)
     return outcome
 
@@ -61,4 +61,5 @@ def export(request: ExportRequest, target: Path, progress: Progress | None = Non
 
 def _task(request: MergeRequest | ExportRequest, work: Path) -> Task:
     question = msgspec.json.encode(msgspec.structs.replace(request, work=str(work)))
-    return Task("merge", "the work", request.adapter, question=question)
+    name = "the merge" if isinstance(request, MergeRequest) else "the export"
+    return Task("merge", name, request.adapter, question=question)

@@ -138,13 +138,13 @@ def check_mergeable(adapter: AdapterFolder) -> None:
     """
     where = str(adapter.path / CONFIG_FILE)
     method = method_id_of(adapter.config, where)
-    if not METHODS[method].merges:
+    if not METHODS[method].foldable:
         raise BadInput(
             f"an adapter of the method {method} cannot become part of the weights",
             where=where,
             hint="Use it beside its base, as chat does",
         )
-    if method != "lora" or adapter.config.get("use_dora"):
+    if not METHODS[method].merges or adapter.config.get("use_dora"):
         raise BadInput(
             f"merging and exporting take plain LoRA, and this is {'DoRA' if method == 'lora' else f'of {method}'}",
             where=where,
@@ -233,20 +233,41 @@ def check_format(wanted: str, kinds: tuple[str, ...]) -> str:
     return wanted
 
 
-def check_drift(drift: Drift, limit_nats: float, into: Into, *, force: bool) -> None:
+def check_drift(
+    drift: Drift,
+    limit_nats: float,
+    into: Into,
+    *,
+    force: bool,
+    format: ModelFormat = "safetensors",
+    dtype: str = "bf16",
+) -> None:
     """Refuses a merged model that is too far from the adapter on its base.
+
+    Args:
+        drift: how far it is.
+        limit_nats: how far it may be, on average.
+        into: what the update was added to.
+        force: whether it is kept all the same.
+        format: it was written in.
+        dtype: of a folder.
 
     Raises:
         BadInput: it is, and nobody insists.
     """
     if force or drift.mean_kl <= limit_nats:
         return
-    other = "Use --into dequantized, which keeps what training saw" if into == "original" else "Use --dtype fp32"
+    if into == "original":
+        other = "Use --into dequantized, which keeps what training saw where that was quantized, "
+    elif format != "safetensors":
+        other = "Use --format gguf-f16, " if format == "gguf-q8_0" else "Use --format safetensors, "
+    else:
+        other = "" if dtype == "fp32" else "Use --dtype fp32, "
     raise BadInput(
         f"the merged model answers otherwise than the adapter on its base: {drift_text(drift)}; the limit is "
         f"{limit_nats:g}",
         where="merge",
-        hint=f"Nothing was kept. {other}, raise --limit, or keep it with --force",
+        hint=f"Nothing was kept. {other}raise --limit, or keep it with --force",
     )
 
 

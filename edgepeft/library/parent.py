@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -13,13 +12,12 @@ import msgspec
 from edgepeft.errors import BadInput, EdgepeftError, UsageError
 from edgepeft.library.card import Card
 from edgepeft.library.peft_config import method_id_of
-from edgepeft.library.store import CONFIG_FILE, AdapterFolder, check_base, resolve_adapter
+from edgepeft.library.store import CONFIG_FILE, AdapterFolder, check_base, resolve_adapter, weights_digest
 from edgepeft.library.tensors import lora_dimensions
 from edgepeft.methods import LoraConfig, MethodConfig, id_of, method_of
 from edgepeft.methods.targets import matching
 from edgepeft.models.headers import TensorHeader, read_header
 from edgepeft.models.shape import ModelShape
-from edgepeft.paths import disk_errors
 from edgepeft.spec import ParentRef
 
 if TYPE_CHECKING:
@@ -132,12 +130,6 @@ def check_continues(ref: ParentRef, method: MethodConfig, entry: ModelEntry) -> 
             where=ref.adapter,
             hint="Put them back into the plan's [spec.recipe.method], or plan without --from",
         )
-
-
-def weights_digest(adapter: AdapterFolder) -> str:
-    """`sha256:…` of an adapter's weights file."""
-    with disk_errors(adapter.weights), adapter.weights.open("rb") as file:
-        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def lineage(card: Card) -> list[str]:

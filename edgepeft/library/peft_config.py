@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from edgepeft.errors import BadInput
 from edgepeft.methods import METHODS
 
+PEFT_PREFIX = "base_model.model."
+"""What PEFT puts before every module path in its files."""
 OWN_PREFIX = "EDGEPEFT_"
 """Begins the `peft_type` of a method that PEFT does not have; its id follows."""
 OWN_KEY = "edgepeft"
@@ -79,6 +82,50 @@ def check_supported(settings: Mapping[str, Any], where: str) -> None:
             where=where,
             hint="Save it in PEFT with path_initial_model_for_weight_conversion, which makes it a plain LoRA",
         )
+
+
+def plain_lora_config(
+    base_name: Any,
+    rank: int,
+    alpha: int,
+    targets: list[str],
+    *,
+    rank_pattern: Mapping[str, int] = MappingProxyType({}),
+    alpha_pattern: Mapping[str, int] = MappingProxyType({}),
+    task_type: str = "CAUSAL_LM",
+    fan_in_fan_out: bool = False,
+) -> dict[str, Any]:
+    """adapter_config.json of a LoRA that is nothing but its products.
+
+    Args:
+        base_name: for `base_model_name_or_path`.
+        rank: of most linears.
+        alpha: of them.
+        targets: module names.
+        rank_pattern: ranks of other linears, by pattern.
+        alpha_pattern: alphas of other linears, by pattern.
+        task_type: as PEFT calls it.
+        fan_in_fan_out: whether the base's matrices are transposed.
+    """
+    return {
+        "peft_type": "LORA",
+        "task_type": task_type,
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "target_modules": targets,
+        "rank_pattern": dict(rank_pattern),
+        "alpha_pattern": dict(alpha_pattern),
+        "bias": "none",
+        "fan_in_fan_out": fan_in_fan_out,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "layers_to_transform": None,
+        "use_dora": False,
+        "use_rslora": False,
+    }
 
 
 def is_restricted(settings: Mapping[str, Any]) -> bool:

@@ -6,6 +6,7 @@ numbers are never used twice, also not after a removal: `audit.jsonl` beside the
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ import msgspec
 
 from edgepeft.errors import BadInput, EdgepeftError, UsageError
 from edgepeft.library.card import CARD_FILE, Card
-from edgepeft.library.peft_config import check_supported
+from edgepeft.library.peft_config import OWN_PREFIX, check_supported
 from edgepeft.library.tensors import dimensions_differ, shape_mismatch
 from edgepeft.models.headers import read_header
 from edgepeft.paths import check_name, disk_errors, home, make_folder, sync_folder, write_atomic
@@ -50,6 +51,13 @@ class AdapterFolder(msgspec.Struct, frozen=True):
     def reference(self) -> str:
         """`NAME@vK`, or the path of a folder outside the library."""
         return f"{self.name}@v{self.version}" if self.name else str(self.path)
+
+    @property
+    def method(self) -> str:
+        """Which method it is of, and its rank where it has one, in a few letters such as `lora r16`."""
+        kind = str(self.config["peft_type"]).removeprefix(OWN_PREFIX).lower()
+        rank = self.config.get("r")
+        return f"{kind} r{rank}" if isinstance(rank, int) else kind
 
     @property
     def weights(self) -> Path:
@@ -108,6 +116,17 @@ def find_newest(name: str) -> AdapterFolder | None:
         except BadInput:
             continue
     return None
+
+
+def split_reference(text: str, mark: str) -> tuple[str, str | None]:
+    """An adapter's reference, and what stands behind the last `mark`; None where nothing does.
+
+    A path may hold the mark itself.
+    """
+    reference, found, rest = text.rpartition(mark)
+    if not found or Path(text).expanduser().is_dir():
+        return text, None
+    return reference, rest
 
 
 def open_adapter(folder: Path, name: str | None = None, version: int | None = None) -> AdapterFolder:
@@ -382,6 +401,12 @@ def read_audit(name: str) -> list[AuditLine]:
         except msgspec.DecodeError:
             continue
     return lines
+
+
+def weights_digest(adapter: AdapterFolder) -> str:
+    """`sha256:…` of an adapter's weights file."""
+    with disk_errors(adapter.weights), adapter.weights.open("rb") as file:
+        return "sha256:" + hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def copy_adapter(adapter: AdapterFolder, folder: Path) -> None:

@@ -1,11 +1,10 @@
-"""Where a merged model or an exported adapter goes: checked first, written beside, put in place by one rename."""
+"""Where a merged model or an exported adapter goes: checked first, written beside, put in place whole."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -13,8 +12,8 @@ from typing import Literal
 from edgepeft.errors import BadInput, DiskProblem, UsageError
 from edgepeft.library.merging import MERGE_RECORD
 from edgepeft.library.store import CONFIG_FILE
-from edgepeft.models.store import ModelEntry
-from edgepeft.paths import disk_errors, home, sync_folder
+from edgepeft.models.store import ModelEntry, list_models
+from edgepeft.paths import disk_errors, home, sync_folder, temporary_folder
 
 Kind = Literal["model", "adapter", "gguf"]
 """A folder with a model, one with an adapter, or a GGUF file."""
@@ -22,22 +21,26 @@ _MARKS = {"model": MERGE_RECORD, "adapter": CONFIG_FILE}
 """The file by which a folder of a kind is known."""
 
 
-def check_target(path: Path, kind: Kind, *, replace: bool, base: ModelEntry) -> Path:
+def check_target(path: Path, kind: Kind, *, replace: bool, base: ModelEntry, adapter: Path | None = None) -> Path:
     """The absolute path of what is to be written.
 
     Args:
         path: as the user says it.
         kind: of what is written.
         replace: whether something of the same kind may be replaced.
-        base: whose own files are never replaced.
+        base: whose own files are never replaced, nor are those of any other model in the store.
+        adapter: whose folder is never replaced either; None where there is none.
 
     Raises:
-        UsageError: a GGUF file without its ending.
+        UsageError: a GGUF file without its ending, or a folder with it.
         BadInput: something is there that must not be replaced.
     """
     target = path.expanduser().absolute()
     if kind == "gguf" and target.suffix != ".gguf":
         raise UsageError(f"{path} is no name of a GGUF file", where="--out", hint=f"Use for example {path}.gguf")
+    if kind != "gguf" and target.suffix == ".gguf":
+        option = "--format gguf-f16" if kind == "model" else "--format gguf"
+        raise UsageError(f"{path} is named like a GGUF file", where="--out", hint=f"Add {option}, or name a folder")
     _check_not_ours(target, base)
     if not target.parent.is_dir():
         raise BadInput("there is no such folder", where=str(target.parent), hint="Make it first, or name another --out")
@@ -60,6 +63,8 @@ def check_target(path: Path, kind: Kind, *, replace: bool, base: ModelEntry) -> 
                 where=str(path),
                 hint="Name another one",
             )
+        if adapter is not None and adapter.resolve().is_relative_to(target.resolve()):
+            raise BadInput("holds the adapter itself", where=str(path), hint="Name another place")
     return target
 
 
@@ -70,12 +75,8 @@ def work_folder(target: Path) -> Iterator[Path]:
     Raises:
         DiskProblem: the disk is full, or may not be written.
     """
-    with _disk_errors(target.parent):
-        work = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".partial"))
-        try:
-            yield work
-        finally:
-            shutil.rmtree(work, ignore_errors=True)
+    with _disk_errors(target.parent), temporary_folder(target.parent, f".{target.name}.", ".partial") as work:
+        yield work
 
 
 def put_in_place(made: Path, target: Path) -> None:
@@ -91,14 +92,12 @@ def put_in_place(made: Path, target: Path) -> None:
         if made.is_file():
             made.replace(target)
         else:
-            # mkdtemp makes a private folder.
-            made.chmod(0o755)
             old = made.with_name(f"{made.name}.replaced")
             if target.exists():
                 target.rename(old)
             try:
                 made.rename(target)
-            except OSError:
+            except BaseException:
                 if old.exists():
                     old.rename(target)
                 raise
@@ -113,7 +112,9 @@ def _disk_errors(path: Path) -> Iterator[None]:
         with disk_errors(path):
             yield
     except DiskProblem as error:
-        raise DiskProblem(error.what, where=error.where, hint="Free some space, or name another --out") from error
+        raise DiskProblem(
+            error.what, where=error.where, hint="Free some space, change the permissions, or name another --out"
+        ) from error
 
 
 def _check_not_ours(target: Path, base: ModelEntry) -> None:
@@ -124,6 +125,8 @@ def _check_not_ours(target: Path, base: ModelEntry) -> None:
             raise BadInput(
                 "lies where edgepeft keeps its own things", where=str(target), hint="Name a folder elsewhere"
             )
-    for own in (Path(base.weights), Path(base.source)):
-        if real == own.resolve() or own.resolve().is_relative_to(real):
-            raise BadInput("holds the base's own files", where=str(target), hint="Name another place")
+    for model in (base, *list_models()):
+        for own in (Path(model.weights), Path(model.source)):
+            if real == own.resolve() or own.resolve().is_relative_to(real):
+                what = "the base's own files" if model is base else f"the files of the model {model.name}"
+                raise BadInput(f"holds {what}", where=str(target), hint="Name another place")

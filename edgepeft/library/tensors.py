@@ -64,6 +64,19 @@ def _names_layers(config: dict[str, Any]) -> bool:
     return isinstance(targets, list) and any(re.search(r"(?:^|\.)\d+\.", str(target)) for target in targets)
 
 
+def linear_of_other_size(first: Iterable[TensorHeader], second: Iterable[TensorHeader]) -> str | None:
+    """A linear that both adapters change in some layer with different dimensions; None where there is none.
+
+    Unlike `dimensions_differ`, it does not matter in which layers each of them changes it.
+    """
+    ours, theirs = lora_dimensions(first), lora_dimensions(second)
+    for linear in ours.keys() & theirs.keys():
+        layers = ours[linear].keys() & theirs[linear].keys()
+        if any(ours[linear][layer] != theirs[linear][layer] for layer in layers):
+            return linear
+    return None
+
+
 def dimensions_differ(first: Iterable[TensorHeader], second: Iterable[TensorHeader]) -> bool:
     """Whether two adapters cannot share a base: a linear that both change has another size or layer count."""
     ours, theirs = lora_dimensions(first), lora_dimensions(second)

@@ -18,7 +18,8 @@ from edgepeft.engine.combine import jobs
 from edgepeft.engine.combine.outline import open_outline, shapes_of
 from edgepeft.engine.combine.uniform import make_uniform, plain_config
 from edgepeft.engine.methods.files import read_adapter
-from edgepeft.errors import BadInput
+from edgepeft.engine.saving import save_tensors
+from edgepeft.errors import BadInput, DiskProblem
 from edgepeft.library.merging import Exported, ExportRequest
 from edgepeft.methods import LoraConfig
 from edgepeft.models.store import ModelEntry
@@ -129,3 +130,8 @@ def test_what_is_no_lora_is_refused(entry: ModelEntry, tmp_path: Path) -> None:
     adapter.updates["model.layers.0.mlp.up_proj"] = object()  # type: ignore[assignment]
     with pytest.raises(BadInput, match="only LoRA can be exported"):
         make_uniform(adapter, {}, "a")
+
+
+def test_a_full_disk_is_told_as_one(tmp_path: Path) -> None:
+    with pytest.raises(DiskProblem, match=r"cannot be written"):
+        save_tensors(tmp_path / "no such folder" / "x.safetensors", {"a": torch.zeros(2)}, hint="Free some space")

@@ -156,6 +156,20 @@ def test_a_gguf_file_has_its_ending_and_is_no_folder(entry: ModelEntry, tmp_path
     check_target(tmp_path / "there.gguf", "gguf", replace=True, base=entry)
 
 
+def test_a_folder_is_not_named_like_a_gguf_file(entry: ModelEntry, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"Add --format gguf-f16"):
+        check_target(tmp_path / "merged.gguf", "model", replace=False, base=entry)
+    with pytest.raises(UsageError, match=r"Add --format gguf,"):
+        check_target(tmp_path / "lora.gguf", "adapter", replace=False, base=entry)
+
+
+def test_the_adapter_itself_is_left_alone(entry: ModelEntry, tmp_path: Path) -> None:
+    folder = write_peft_folder(tmp_path / "mine", entry.shape)
+    check_target(folder, "adapter", replace=True, base=entry)
+    with pytest.raises(BadInput, match="holds the adapter itself"):
+        check_target(folder, "adapter", replace=True, base=entry, adapter=folder)
+
+
 def test_our_own_folders_and_the_base_are_left_alone(
     entry: ModelEntry, tiny_model: Path, edgepeft_home: Path, tmp_path: Path
 ) -> None:
@@ -181,6 +195,25 @@ def test_it_takes_its_place_whole(tmp_path: Path) -> None:
     assert [path.name for path in target.iterdir()] == ["new"]
     assert target.stat().st_mode & 0o777 == 0o755
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_interrupt_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "out"
+    target.mkdir()
+    (target / "old").write_text("old")
+    rename = Path.rename
+
+    def interrupt(self: Path, other: Path) -> Path:
+        if self.name == "made":
+            raise KeyboardInterrupt
+        return rename(self, other)
+
+    monkeypatch.setattr(Path, "rename", interrupt)
+    with work_folder(target) as work:
+        (work / "made").mkdir()
+        with pytest.raises(KeyboardInterrupt):
+            put_in_place(work / "made", target)
+    assert (target / "old").read_text() == "old"
 
 
 def test_a_failure_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,7 +242,7 @@ def test_a_place_that_may_not_be_written(tmp_path: Path, monkeypatch: pytest.Mon
     def refuse(**_: Any) -> str:
         raise PermissionError(errno.EACCES, "denied")
 
-    monkeypatch.setattr("edgepeft.library.target_path.tempfile.mkdtemp", refuse)
+    monkeypatch.setattr("edgepeft.paths.tempfile.mkdtemp", refuse)
     with pytest.raises(DiskProblem, match=r"no permission.*name another --out"), work_folder(tmp_path / "out"):
         pass
 

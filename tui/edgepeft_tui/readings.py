@@ -131,11 +131,9 @@ def _adapters(now: float) -> list[Row]:
     newest = {adapter.name: adapter for adapter in usable if adapter.name is not None}
     rows = []
     for name, adapter in sorted(newest.items()):
-        rank = adapter.config.get("r")
-        method = str(adapter.config.get("peft_type", "?")).replace("LORA", "LoRA")
         size = sum(file.stat().st_size for file in adapter.path.glob("*.safetensors"))
         base = f"  {adapter.card.base}" if adapter.card else ""
-        text = f"v{adapter.version}  {method}{f' {rank}' if rank else ''}  {format_bytes(size)}{base}"
+        text = f"v{adapter.version}  {adapter.method}  {format_bytes(size)}{base}"
         rows.append(Row(name, text, "plain", f"edgepeft chat --adapter {name}"))
     rows += [Row(str(one.path.name), f"damaged: {one.why}", "trouble", "edgepeft adapters list") for one in broken]
     return rows

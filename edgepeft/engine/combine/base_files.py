@@ -22,6 +22,7 @@ from edgepeft.engine.model.checkpoint import dense_values, four_bit_weight
 from edgepeft.engine.model.frozen import FrozenWeight, Int8Weight, Workspace, bitsandbytes_functional
 from edgepeft.engine.model.safetensors_stream import DTYPE_NAMES
 from edgepeft.errors import BadInput
+from edgepeft.library.tensors import from_layers
 from edgepeft.models.headers import TensorHeader, read_file_header, weight_files
 from edgepeft.models.source_folder import read_json
 from edgepeft.models.store import ModelEntry
@@ -197,21 +198,16 @@ def locate(paths: Iterable[str], names: Iterable[str], where: str) -> dict[str, 
     by_ending: dict[str, list[str]] = {}
     for name in known:
         if not _OTHER_TOWERS.search(name.partition("layers.")[0]):
-            by_ending.setdefault(_from_layers(name), []).append(name)
+            by_ending.setdefault(from_layers(name), []).append(name)
     exact = set(known)
     found = {}
     for path in paths:
         name = f"{path}.weight"
-        others = by_ending.get(_from_layers(name), [])
+        others = by_ending.get(from_layers(name), [])
         if name not in exact and len(others) != 1:
             raise BadInput(f"tensor {name} is not found under that name in its files", where=where, hint=_ANEW)
         found[path] = name if name in exact else others[0]
     return found
-
-
-def _from_layers(name: str) -> str:
-    _, mark, rest = name.partition("layers.")
-    return mark + rest if mark else name
 
 
 _ANEW = "Take the model's files anew from where they came from"

@@ -14,13 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from edgepeft.engine.combine.low_rank import (
@@ -33,21 +32,23 @@ from edgepeft.engine.combine.low_rank import (
     truncate,
 )
 from edgepeft.engine.combine.sparse import drop, elect_and_average, trim, truncate_dense
+from edgepeft.engine.saving import save_tensors
 from edgepeft.engine.training.device import package_versions
 from edgepeft.errors import BadInput
 from edgepeft.library.combining import SPARSE, Combined, CombineRequest, PartTensors
-from edgepeft.library.lora_pairs import PREFIX, LoraPair
+from edgepeft.library.lora_pairs import LoraPair
+from edgepeft.library.peft_config import PEFT_PREFIX
 from edgepeft.paths import atomic_path
+from edgepeft.processes import Progress
 
 _NOTHING = 1e-14
 """Energy of a sum, as a share of its terms', below which it is rounding: float32 keeps 1e-7 of an entry."""
 
-Report = Callable[[str, float | None], None]
 _Term = tuple[int, Factors, float]
 """Number of the part, its update, and weight times scale."""
 
 
-def combine(request: CombineRequest, report: Report = lambda what, fraction: None) -> Combined:
+def combine(request: CombineRequest, report: Progress = lambda what, fraction: None) -> Combined:
     """Writes the combined weights, float32 under PEFT's names, and tells how far they are from the weighted sum.
 
     Raises:
@@ -67,15 +68,15 @@ def combine(request: CombineRequest, report: Report = lambda what, fraction: Non
             A, B = result.A.float().contiguous(), result.B.float().contiguous()
             if not bool(torch.isfinite(A).all() and torch.isfinite(B).all()):
                 raise BadInput(f"{path} of the result exceeds what float32 holds", hint="Use smaller weights")
-            tensors[f"{PREFIX}{path}.lora_A.weight"], tensors[f"{PREFIX}{path}.lora_B.weight"] = A, B
+            tensors[f"{PEFT_PREFIX}{path}.lora_A.weight"], tensors[f"{PEFT_PREFIX}{path}.lora_B.weight"] = A, B
             # What the file holds is what is compared.
             losses.add(path, terms, exact, Factors(A.double(), B.double()), cut)
     losses.check()
     report("writing", None)
     with atomic_path(Path(request.weights_file)) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+        save_tensors(temporary, tensors, hint="Free some space, or set EDGEPEFT_HOME to another disk")
     return Combined(
-        ranks={path: int(tensors[f"{PREFIX}{path}.lora_A.weight"].shape[0]) for path in modules},
+        ranks={path: int(tensors[f"{PEFT_PREFIX}{path}.lora_A.weight"].shape[0]) for path in modules},
         distance=losses.distance,
         worst_distance=losses.worst_distance[0],
         worst_module=losses.worst_distance[1],

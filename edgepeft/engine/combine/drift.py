@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -24,9 +24,8 @@ from edgepeft.engine.methods.files import read_adapter
 from edgepeft.errors import BadInput
 from edgepeft.library.merging import Drift
 from edgepeft.models.store import ModelEntry
+from edgepeft.processes import Progress
 from edgepeft.spec import ComputeDtype, Precision
-
-Progress = Callable[[str, float | None], None]
 
 _LOGITS_BYTES = 1 << 27
 """Logits of one model at the most; prompts beyond it are cut or left out."""
@@ -112,7 +111,7 @@ def compare_logits(reference: Tensor, found: Tensor, real: Tensor) -> Drift:
         largest = max(largest, float(divergence.max()))
         agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
     if not math.isfinite(total):
-        raise BadInput("the merged model's logits are not finite", hint="Write it with --dtype bf16 or fp32")
+        raise BadInput("the merged model's logits are not finite", hint="Write safetensors with --dtype bf16 or fp32")
     tokens = int(real.sum())
     return Drift(
         prompts=len(real), tokens=tokens, mean_kl=total / tokens, max_kl=largest, top1_agreement=agreed / tokens

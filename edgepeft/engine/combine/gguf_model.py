@@ -31,7 +31,6 @@ from edgepeft.engine.combine.gguf_layout import (
 )
 from edgepeft.engine.combine.gguf_vocabulary import vocabulary
 from edgepeft.engine.combine.merge import MergedWeights
-from edgepeft.engine.combine.model_folder import Progress
 from edgepeft.engine.model.gguf import open_gguf
 from edgepeft.engine.simulate.model import read_config
 from edgepeft.errors import BadInput
@@ -39,6 +38,7 @@ from edgepeft.models.fingerprint import fingerprint_files
 from edgepeft.models.references import is_gguf
 from edgepeft.models.source_folder import read_json, template_text
 from edgepeft.models.store import ModelEntry
+from edgepeft.processes import Progress
 
 FileKind = Literal["f16", "q8_0"]
 _FILE_TYPES = {"f16": LlamaFileType.MOSTLY_F16, "q8_0": LlamaFileType.MOSTLY_Q8_0}

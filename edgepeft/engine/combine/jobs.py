@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -36,13 +35,11 @@ from edgepeft.library.merging import (
     MergeRequest,
     drift_text,
 )
-from edgepeft.library.parent import weights_digest
-from edgepeft.library.store import open_adapter
+from edgepeft.library.store import open_adapter, weights_digest
 from edgepeft.models.source_folder import read_json
 from edgepeft.models.store import ModelEntry, find_model, verify_unchanged
+from edgepeft.processes import Progress
 from edgepeft.units import MIB, format_bytes
-
-Progress = Callable[[str, float | None], None]
 
 _SPARE_BYTES = 64 * MIB
 

@@ -133,6 +133,6 @@ def _rounded(part: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     if bool(torch.isfinite(part).all()):
         raise BadInput(
             f"tensor {name} holds values beyond the range of {str(dtype).removeprefix('torch.')}",
-            hint="Write it with --dtype bf16 or fp32",
+            hint="Write safetensors with --dtype bf16 or fp32",
         )
     raise BadInput(f"tensor {name} holds values that are not finite numbers", hint="Take the base and adapter anew")

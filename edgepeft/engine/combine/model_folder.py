@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,7 @@ from edgepeft.engine.model.safetensors_stream import SafetensorsStream
 from edgepeft.models.headers import INDEX_NAME
 from edgepeft.models.source_folder import SMALL_FILES, read_json
 from edgepeft.models.store import ModelEntry
-
-Progress = Callable[[str, float | None], None]
-"""Told what is being done and which share of it is done, if known."""
+from edgepeft.processes import Progress
 
 _ALONGSIDE = (
     "tokenizer.model",

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from edgepeft.engine.methods import PEFT_PREFIX, AttachedAdapter
 from edgepeft.engine.methods.lora import LoraUpdate
+from edgepeft.engine.saving import save_tensors
 from edgepeft.errors import BadInput
+from edgepeft.library.peft_config import plain_lora_config
 from edgepeft.library.store import CONFIG_FILE, WEIGHTS_FILE
 
 
@@ -83,7 +84,7 @@ def write_peft_folder(folder: Path, lora: UniformLora, base_name: str) -> int:
     for path, (A, B) in lora.pairs.items():
         tensors[f"{PEFT_PREFIX}{path}.lora_A.weight"] = A
         tensors[f"{PEFT_PREFIX}{path}.lora_B.weight"] = B
-    save_file(tensors, str(folder / WEIGHTS_FILE), metadata={"format": "pt"})
+    save_tensors(folder / WEIGHTS_FILE, tensors, hint="Free some space, or name another --out")
     config = plain_config(lora, base_name)
     (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return sum((folder / name).stat().st_size for name in (WEIGHTS_FILE, CONFIG_FILE))
@@ -95,24 +96,7 @@ def plain_config(lora: UniformLora, base_name: str) -> dict[str, Any]:
     if any(_inside_more_than_language(path) for path in lora.pairs):
         # A last name alone would reach into the other towers.
         names = sorted(lora.pairs)
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
-        "inference_mode": True,
-        "r": lora.rank,
-        "lora_alpha": int(lora.alpha),
-        "lora_dropout": 0.0,
-        "target_modules": names,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-        "use_dora": False,
-        "use_rslora": False,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-    }
+    return plain_lora_config(base_name, lora.rank, int(lora.alpha), names)
 
 
 def _all_layers(paths: list[str], shapes: Mapping[str, tuple[int, int]]) -> list[str]:

@@ -12,39 +12,23 @@ from pathlib import Path
 import msgspec
 
 from edgepeft.engine.workers.replies import Replies
-from edgepeft.errors import EdgepeftError, ExitCode, OutOfMemory
 from edgepeft.library.combining import Combined, CombineRequest
-from edgepeft.paths import disk_errors
 
 
 def main() -> int:
     """Does what is asked for, and returns the exit code."""
     replies = Replies()
     request = msgspec.json.decode(sys.stdin.buffer.read(), type=CombineRequest)
-    try:
-        with disk_errors(Path(request.weights_file)):
-            replies.send(_combine(request, replies))
-    except EdgepeftError as error:
-        return replies.fail(error)
-    except BrokenPipeError:
-        # The reader is gone, and with it the folder.
-        pass
-    return ExitCode.DONE
 
+    def work() -> Combined:
+        from edgepeft.engine.combine.composition import combine
+        from edgepeft.engine.training.device import use_physical_cores
 
-def _combine(request: CombineRequest, replies: Replies) -> Combined:
-    from edgepeft.engine.combine.composition import combine
-    from edgepeft.engine.training.device import use_physical_cores
-    from edgepeft.engine.training.recovery import is_out_of_memory
-
-    use_physical_cores()
-    try:
+        use_physical_cores()
         return combine(request, replies.report)
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error):
-            raise
-        hint = "Close other programs, or combine fewer adapters at once"
-        raise OutOfMemory("memory ran out", where="combine", hint=hint) from error
+
+    hint = "Close other programs, or combine fewer adapters at once"
+    return replies.run(work, folder=Path(request.weights_file), where="combine", hint=hint)
 
 
 if __name__ == "__main__":

@@ -5,10 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
+from pathlib import Path
 
 import msgspec
 
-from edgepeft.errors import EdgepeftError
+from edgepeft.errors import BadInput, EdgepeftError, ExitCode, OutOfMemory
+from edgepeft.paths import disk_errors
 from edgepeft.processes import WorkFailed, WorkProgress
 
 _SECONDS_BETWEEN_REPORTS = 0.2
@@ -30,6 +33,35 @@ class Replies:
             return
         self._last = (now, phase)
         self.send(WorkProgress(phase=phase, fraction=fraction))
+
+    def run(self, work: Callable[[], msgspec.Struct], *, folder: Path, where: str, hint: str) -> int:
+        """Does the work and tells its outcome, or what went wrong; returns the exit code.
+
+        Args:
+            work: makes the outcome.
+            folder: what the disk is asked for, in messages.
+            where: what is worked on.
+            hint: what helps where memory runs out.
+        """
+        from edgepeft.engine.training.recovery import is_out_of_memory
+
+        try:
+            with disk_errors(folder):
+                try:
+                    outcome = work()
+                except (RuntimeError, MemoryError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    raise OutOfMemory("memory ran out", where=where, hint=hint) from error
+            self.send(outcome)
+        except EdgepeftError as error:
+            return self.fail(error)
+        except BrokenPipeError:
+            # The reader is gone, and with it the folder.
+            pass
+        except OSError as error:
+            return self.fail(BadInput(f"cannot be used: {error.strerror or error}", where=str(error.filename or where)))
+        return ExitCode.DONE
 
     def send(self, message: msgspec.Struct) -> None:
         """Tells the outcome."""
