@@ -53,10 +53,10 @@ def test_a_merged_folder_can_be_added_and_is_what_was_measured(adapter: Path, tm
     assert added.stored_as == "bf16"
     assert find_model("merged").shape == find_model("tiny").shape
     assert left_behind(tmp_path) == []
-    again = edgepeft("adapters", "merge", str(adapter), "--out", str(out))
+    again = edgepeft("adapters", "merge", str(adapter), "--out", str(out), "--force")
     assert again.returncode == 3
     assert again.stderr.startswith("edgepeft: ")
-    assert "not empty" in again.stderr
+    assert "holds the files of the model merged" in again.stderr
 
 
 def test_a_refused_merge_leaves_nothing(adapter: Path, tmp_path: Path) -> None:
