@@ -18,7 +18,7 @@ from edgepeft.engine.methods.files import read_adapter, save_adapter
 from edgepeft.engine.model.load import LoadedModel, load_model
 from edgepeft.library.merging import Merged, MergeRequest
 from edgepeft.library.store import write_card
-from edgepeft.methods import LoraConfig
+from edgepeft.methods import LoraConfig, MethodConfig
 from edgepeft.models.store import ModelEntry, ensure_model
 from tiny import CHATML, write_split_tokenizer
 
@@ -86,14 +86,16 @@ def write_base(folder: Path, kind: str, *, dtype: torch.dtype = torch.float32, *
     return folder
 
 
-def write_adapter(folder: Path, entry: ModelEntry, config: LoraConfig | None = None, *, size: float = 0.05) -> Path:
-    """A LoRA of random values."""
+def write_adapter(folder: Path, entry: ModelEntry, config: MethodConfig | None = None, *, size: float = 0.05) -> Path:
+    """An adapter, a LoRA where nothing is said, of random values: A and B by themselves, others around their start."""
     loaded = load(entry)
     adapter = attach(loaded, "a", config or LoraConfig(rank=4), seed=0)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for parameter in adapter.named_parameters().values():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * size)
+        for name, parameter in adapter.named_parameters().items():
+            if name.endswith(("lora_A.weight", "lora_B.weight")):
+                parameter.zero_()
+            parameter += torch.randn(parameter.shape, generator=generator) * size
     save_adapter(folder, adapter, entry.name)
     return folder
 

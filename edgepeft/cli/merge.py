@@ -133,7 +133,10 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace an adapter that is at --out.")] = False,
     as_json: JsonFlag = False,
 ) -> None:
-    """Write the adapter alone, as vLLM, llama.cpp and PEFT read it: one rank, one alpha, no patterns."""
+    """Write the adapter alone, as vLLM, llama.cpp and PEFT read it: a plain LoRA with one rank, one alpha, no patterns.
+
+    Another method goes into the form that PEFT has for it.
+    """
     from typing import get_args
 
     import msgspec
@@ -147,7 +150,7 @@ def export(
 
     kind = msgspec.convert(merging.check_format(format, get_args(merging.AdapterFormat)), merging.AdapterFormat)
     adapter = resolve_adapter(reference)
-    merging.check_mergeable(adapter)
+    merging.check_exportable(adapter, kind)
     with timed_progress() as progress:
         setup = choose_setup(base, [ChosenAdapter(adapter)], gpu="cpu", progress=progress)
         place: Kind = "adapter" if kind == "peft" else "gguf"
@@ -169,6 +172,7 @@ def export(
                 "adapter": adapter.reference,
                 "format": kind,
                 "bytes": result.size_bytes,
+                "method": result.method,
                 "rank": result.rank,
                 "alpha": result.alpha,
                 "modules": result.modules,
@@ -179,7 +183,10 @@ def export(
     for warning in warnings:
         note(f"Note: {warning}", "yellow")
     line(f"Wrote {target} ({format_bytes(result.size_bytes)})")
-    line(f"  rank {result.rank}, alpha {result.alpha:g}, on {result.modules} linears of {setup.entry.name}")
+    if result.alpha is None:
+        line(f"  {result.method}, in {result.modules} places of {setup.entry.name}")
+    else:
+        line(f"  rank {result.rank}, alpha {result.alpha:g}, on {result.modules} linears of {setup.entry.name}")
     if kind == "gguf":
         line(f"  llama-cli -m BASE.gguf --lora {target}", "dim")
 

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import msgspec
 
 from edgepeft.errors import BadInput, UsageError
-from edgepeft.library.peft_config import method_id_of
+from edgepeft.library.peft_config import OWN_PREFIX, method_id_of
 from edgepeft.library.store import CONFIG_FILE, AdapterFolder
 from edgepeft.methods import METHODS
 from edgepeft.models.quantized import StoredAs
@@ -106,10 +106,13 @@ class Exported(msgspec.Struct, frozen=True, tag="exported"):
     """The adapter is written."""
 
     size_bytes: int
-    rank: int
-    alpha: float
+    method: str
+    """Its id."""
     modules: int
-    """Linears that it changes."""
+    """What it changes: linears, where it is a LoRA."""
+    rank: int | None = None
+    """Of a plain LoRA, as `alpha`; None where the adapter is none."""
+    alpha: float | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -137,19 +140,30 @@ def check_mergeable(adapter: AdapterFolder) -> None:
         BadInput: saying what is in the way.
     """
     where = str(adapter.path / CONFIG_FILE)
-    method = method_id_of(adapter.config, where)
-    if not METHODS[method].foldable:
+    name = method_id_of(adapter.config, where)
+    method = METHODS[name]
+    if not method.merges:
         raise BadInput(
-            f"an adapter of the method {method} cannot become part of the weights",
+            f"an adapter of the method {name} cannot become part of the weights: it adds {method.adds}",
             where=where,
-            hint="Use it beside its base, as chat does",
+            hint="Use it beside its base, as edgepeft chat does; lora and other methods merge",
         )
-    if not METHODS[method].merges or adapter.config.get("use_dora"):
-        raise BadInput(
-            f"merging and exporting take plain LoRA, and this is {'DoRA' if method == 'lora' else f'of {method}'}",
-            where=where,
-            hint="Use it beside its base, as chat does",
-        )
+
+
+def check_exportable(adapter: AdapterFolder, format: AdapterFormat) -> None:
+    """Refuses an adapter that other programs do not read in this format.
+
+    Raises:
+        BadInput: saying what they read, and what to do instead.
+    """
+    where = str(adapter.path / CONFIG_FILE)
+    name = method_id_of(adapter.config, where)
+    kind = "DoRA" if adapter.config.get("use_dora") else f"of the method {name}"
+    merging = "edgepeft adapters merge makes a model of it" if METHODS[name].merges else "Use it with edgepeft chat"
+    if format == "gguf" and (name != "lora" or adapter.config.get("use_dora")):
+        raise BadInput(f"llama.cpp reads plain LoRA, and this adapter is {kind}", where=where, hint=merging)
+    if format == "peft" and str(adapter.config.get("peft_type")).startswith(OWN_PREFIX):
+        raise BadInput(f"PEFT has no place for this adapter, which is {kind}", where=where, hint=merging)
 
 
 def choose_into(adapter: AdapterFolder, wanted: str | None) -> IntoChoice:

@@ -50,7 +50,7 @@ class Bias(Method):
     paper = "arXiv 2106.10199"
     peft_type = "BEFT"
     adds = "trained offsets to the biases of linear layers"
-    foldable = True
+    merges = True
 
     def targeted(self, config: BiasConfig, shape: ModelShape) -> tuple[LinearShape, ...]:
         """Those with a bias.

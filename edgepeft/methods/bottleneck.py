@@ -71,7 +71,7 @@ class Bottleneck(Method):
 
     paper = "arXiv 1902.00751"
     adds = "a small network behind or beside attention and MLP"
-    foldable = False
+    merges = False
 
     def trained(self, config: BottleneckConfig, shape: ModelShape) -> Trained:
         """D, d, U and u of each adapter."""

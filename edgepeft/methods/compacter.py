@@ -63,7 +63,7 @@ class Compacter(Method):
 
     paper = "arXiv 2106.04647"
     adds = "a small network of shared Kronecker products behind attention and MLP"
-    foldable = False
+    merges = False
 
     def trained(self, config: CompacterConfig, shape: ModelShape) -> Trained:
         """s, t and a bias of each map, and the rules once."""

@@ -35,7 +35,7 @@ class Full(Method):
 
     paper = "arXiv 1710.03740"
     adds = "a trained copy of every weight in place of it"
-    foldable = True
+    merges = True
     rate = 0.1
     needs_dense_base = True
 

@@ -36,7 +36,7 @@ class Ia3(Method):
     paper = "arXiv 2205.05638"
     peft_type = "IA3"
     adds = "factors for keys, values and the inside of the MLP"
-    foldable = True
+    merges = True
 
     def targeted(self, config: Ia3Config, shape: ModelShape) -> tuple[LinearShape, ...]:
         """Those whose results are multiplied, and those whose inputs are.

@@ -98,7 +98,7 @@ class Lora(Method):
     paper = "arXiv 2106.09685"
     peft_type = "LORA"
     adds = "a low-rank product beside each linear layer"
-    foldable = merges = ranked = True
+    merges = ranked = True
 
     def targeted(self, config: LoraConfig, shape: ModelShape) -> tuple[LinearShape, ...]:
         """The linears of one decoder layer that get an update.

@@ -28,7 +28,7 @@ class Norm(Method):
     paper = "arXiv 2312.11420"
     peft_type = "LN_TUNING"
     adds = "trained gains in place of those of all norms"
-    foldable = True
+    merges = True
 
     def trained(self, config: NormConfig, shape: ModelShape) -> Trained:
         """The gains of a layer, those over the residual stream one by one; and the last norm's.

@@ -54,7 +54,7 @@ class Prefix(Method):
     paper = "arXiv 2101.00190"
     peft_type = "PREFIX_TUNING"
     adds = "trained keys and values before every sample"
-    foldable = False
+    merges = False
     # Of 1, 5, 20 and 50 times LoRA's, the best on the embedded model's alerts, and still P-tuning v2's 1e-2 at width
     # 4,096 (arXiv 2110.07602).
     rate = 50.0

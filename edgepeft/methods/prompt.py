@@ -49,7 +49,7 @@ class Prompt(Method):
     paper = "arXiv 2104.08691"
     peft_type = "PROMPT_TUNING"
     adds = "trained embeddings before every sample"
-    foldable = False
+    merges = False
     # Between 20 and 100 times LoRA's, which were about alike on the embedded model's alerts.
     rate = 30.0
 

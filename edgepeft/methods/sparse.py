@@ -76,7 +76,7 @@ class Sparse(Method):
     paper = "arXiv 2406.13175"
     peft_type = "SHIRA"
     adds = "trained values in single places of the frozen matrices"
-    foldable = True
+    merges = True
 
     def targeted(self, config: SparseConfig, shape: ModelShape) -> tuple[LinearShape, ...]:
         """The linears of one decoder layer with trained entries.

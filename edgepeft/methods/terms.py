@@ -105,11 +105,8 @@ class Method(ABC):
     """Its name in PEFT's adapter_config.json; None where PEFT has no such method."""
     adds: ClassVar[str]
     """What it adds to the model, in a few words."""
-    foldable: ClassVar[bool]
-    """Whether its update could become part of the base's weights."""
-    merges: ClassVar[bool] = False
-    """Whether `adapters merge` does that."""
-
+    merges: ClassVar[bool]
+    """Whether its update can become part of the base's weights; `adapters merge` then does that."""
     rate: ClassVar[float] = 1.0
     """Its usual learning rate over LoRA's."""
     ranked: ClassVar[bool] = False

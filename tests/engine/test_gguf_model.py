@@ -200,15 +200,12 @@ def test_a_base_from_a_gguf_file_gives_its_own_metadata(tmp_path: Path) -> None:
 
 def _weights(entry: ModelEntry, adapter: Path) -> Any:
     from edgepeft.engine.combine.base_files import BaseFiles
-    from edgepeft.engine.combine.merge import MergedWeights, updates_of
+    from edgepeft.engine.combine.merge import MergedWeights, changes_of
     from edgepeft.engine.combine.outline import open_outline
     from edgepeft.engine.methods.files import read_adapter
 
-    outline = open_outline(entry)
-    updates = updates_of(read_adapter(adapter, outline, "a"), outline.linears(), "a")
-    return MergedWeights(
-        BaseFiles(entry), updates, {path: f"{path}.weight" for path in outline.linears()}, torch.float16
-    )
+    outline, files = open_outline(entry), BaseFiles(entry)
+    return MergedWeights(files, changes_of(read_adapter(adapter, outline, "a"), outline, files, "a"), torch.float16)
 
 
 def test_llama_3s_scaling_becomes_its_divisors() -> None:

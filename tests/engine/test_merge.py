@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Auto
 from edgepeft.engine.combine import base_files, jobs, model_folder
 from edgepeft.engine.combine import merge as merge_module
 from edgepeft.engine.combine.base_files import BaseFiles
-from edgepeft.engine.combine.merge import MergedWeights, updates_of
+from edgepeft.engine.combine.merge import MergedWeights, changes_of
 from edgepeft.engine.combine.outline import open_outline, shapes_of, trained_values
 from edgepeft.engine.ledger import LiveBytes
 from edgepeft.engine.methods.files import read_adapter
@@ -143,8 +144,8 @@ def test_mixed_dtypes_lie_where_torch_can_take_them(tmp_path: Path) -> None:
     entry = entry_of(base)
     adapter = write_adapter(tmp_path / "adapter", entry)
     files, outline = BaseFiles(entry), open_outline(entry)
-    updates = updates_of(read_adapter(adapter, outline, "a"), outline.linears(), "a")
-    merged = MergedWeights(files, updates, {path: f"{path}.weight" for path in outline.linears()}, torch.bfloat16)
+    changes = changes_of(read_adapter(adapter, outline, "a"), outline, files, "a")
+    merged = MergedWeights(files, changes, torch.bfloat16)
     model_folder.write_weights(tmp_path, merged, 1 << 30, lambda *_: None)
     found = load_file(tmp_path / "model.safetensors")
     assert found["model.layers.0.input_layernorm.weight"].dtype == torch.float32
@@ -270,12 +271,13 @@ def test_no_more_than_a_matrix_or_two_is_in_memory(tmp_path: Path, into: Any, mo
     adapter = write_adapter(tmp_path / "adapter", entry)
     files, outline = BaseFiles(entry), open_outline(entry)
     shapes = shapes_of(outline)
-    updates = updates_of(read_adapter(adapter, outline, "a"), outline.linears(), "a")
+    changes = changes_of(read_adapter(adapter, outline, "a"), outline, files, "a")
     names = {path: f"{path}.weight" for path in shapes}
     largest = max(out * inner for out, inner in shapes.values())
     total = sum(model_folder.size_of(tensor) for tensor in files.tensors.values())
     with trained_values(entry, files, names, shapes, "nf4", "bf16") as values:
-        merged = MergedWeights(files, updates, names, torch.float32, values if into == "dequantized" else None)
+        trained = {name: partial(values, path) for path, name in names.items()} if into == "dequantized" else {}
+        merged = MergedWeights(files, changes, torch.float32, trained)
         with LiveBytes(CPU, others=False) as ledger:
             model_folder.write_weights(tmp_path, merged, 1 << 20, lambda *_: None)
     # Where values are those of the files, they come in parts; quantizing needs a matrix and its codes.
@@ -345,12 +347,11 @@ def test_too_little_room_is_told_before_anything_is_written(
 
 
 def test_an_update_that_cannot_be_part_of_a_weight_is_refused(entry: ModelEntry, adapter: Path) -> None:
-    read = read_adapter(adapter, open_outline(entry), "a")
+    outline = open_outline(entry)
+    read = read_adapter(adapter, outline, "a")
     read.updates["model.layers.0.mlp.up_proj"] = object()  # type: ignore[assignment]
     with pytest.raises(BadInput, match=r"mlp\.up_proj is a object, which cannot be merged"):
-        updates_of(read, read.updates, "a")
-    with pytest.raises(BadInput, match="cannot be merged"):
-        updates_of(read_adapter(adapter, open_outline(entry), "a"), {}, "a")
+        changes_of(read, outline, BaseFiles(entry), "a")
 
 
 def test_a_changed_base_is_refused(tiny_model: Path, adapter: Path, entry: ModelEntry, tmp_path: Path) -> None:

@@ -98,9 +98,10 @@ def test_too_much_drift_is_refused_unless_forced() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"peft_type": "IA3"}, "take plain LoRA, and this is of ia3"),
-        ({"peft_type": "PREFIX_TUNING"}, "of the method prefix cannot become part"),
-        ({"use_dora": True}, "take plain LoRA, and this is DoRA"),
+        ({"peft_type": "PREFIX_TUNING"}, "method prefix cannot become part of the weights: it adds trained keys and"),
+        ({"peft_type": "PROMPT_TUNING"}, r"prompt cannot .*: it adds trained embeddings .*Use it beside its base"),
+        ({"peft_type": "EDGEPEFT_BOTTLENECK"}, "bottleneck cannot .*: it adds a small network behind"),
+        ({"peft_type": "EDGEPEFT_COMPACTER"}, "compacter cannot become part of the weights"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"bias": "all"}, "biases"),
     ],
@@ -109,6 +110,39 @@ def test_other_adapters_are_refused(entry: ModelEntry, tmp_path: Path, changes: 
     made = write_peft_folder(tmp_path / "other", entry.shape, **changes)
     with pytest.raises(BadInput, match=message):
         merging.check_mergeable(open_adapter(made))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"use_dora": True}]
+    + [{"peft_type": kind} for kind in ("IA3", "LN_TUNING", "BEFT", "SHIRA", "EDGEPEFT_SPARSE", "EDGEPEFT_FULL")],
+)
+def test_what_becomes_part_of_the_weights_is_taken(entry: ModelEntry, tmp_path: Path, changes: dict[str, Any]) -> None:
+    merging.check_mergeable(open_adapter(write_peft_folder(tmp_path / "other", entry.shape, **changes)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "gguf", "peft"),
+    [
+        ({}, None, None),
+        ({"use_dora": True}, "reads plain LoRA, and this adapter is DoRA.*adapters merge", None),
+        ({"peft_type": "IA3"}, "is of the method ia3.*adapters merge", None),
+        ({"peft_type": "PREFIX_TUNING"}, "is of the method prefix.*Use it with edgepeft chat", None),
+        ({"peft_type": "EDGEPEFT_SPARSE"}, "is of the method sparse", "PEFT has no place .* sparse.*adapters merge"),
+        ({"peft_type": "EDGEPEFT_COMPACTER"}, "of the method compacter", "PEFT has no place.*edgepeft chat"),
+    ],
+)
+def test_exports_are_what_the_other_program_reads(
+    entry: ModelEntry, tmp_path: Path, changes: dict[str, Any], gguf: str | None, peft: str | None
+) -> None:
+    adapter = open_adapter(write_peft_folder(tmp_path / "other", entry.shape, **changes))
+    for format, message in (("gguf", gguf), ("peft", peft)):
+        kind: Any = format
+        if message is None:
+            merging.check_exportable(adapter, kind)
+        else:
+            with pytest.raises(BadInput, match=message):
+                merging.check_exportable(adapter, kind)
 
 
 # --- where it goes ---
@@ -335,10 +369,11 @@ def told(*arguments: str) -> str:
         (["merge", "{made}", "--out", "{tmp}/o", "--base", "other"], BadInput, r"was trained on tiny .*not on other"),
         (["merge", "{made}", "--out", "{tmp}/o", "--base", "gone"], BadInput, "gone"),
         (["merge", "{made}", "--out", "{tmp}/o", "--prompts", "{tmp}/none.txt"], BadInput, "no such file"),
-        (["merge", "{dora}", "--out", "{tmp}/o"], BadInput, "this is DoRA"),
+        (["merge", "{prefix}", "--out", "{tmp}/o"], BadInput, "prefix cannot become part of the weights"),
         (["export", "{made}", "--out", "{tmp}/o", "--format", "onnx"], UsageError, "Known: peft, gguf"),
         (["export", "{made}", "--out", "{tmp}/o", "--format", "gguf"], UsageError, "no name of a GGUF file"),
-        (["export", "{dora}", "--out", "{tmp}/o", "--format", "peft"], BadInput, "this is DoRA"),
+        (["export", "{dora}", "--out", "{tmp}/o.gguf", "--format", "gguf"], BadInput, "this adapter is DoRA"),
+        (["export", "{sparse}", "--out", "{tmp}/o", "--format", "peft"], BadInput, "PEFT has no place"),
         (["export", "nobody", "--out", "{tmp}/o", "--format", "peft"], BadInput, "no adapter is called"),
     ],
 )
@@ -346,10 +381,12 @@ def test_bad_input_is_one_line_and_writes_nothing(
     entry: ModelEntry, folder: Path, tmp_path: Path, arguments: list[str], error: type[EdgepeftError], message: str
 ) -> None:
     add_model(write_tiny_model(tmp_path / "other", seed=1), "other")
-    dora = write_peft_folder(tmp_path / "dora", entry.shape, use_dora=True)
+    kinds = {"prefix": "PREFIX_TUNING", "sparse": "EDGEPEFT_SPARSE"}
+    made = {name: write_peft_folder(tmp_path / name, entry.shape, peft_type=kind) for name, kind in kinds.items()}
+    made["dora"] = write_peft_folder(tmp_path / "dora", entry.shape, use_dora=True)
     before = sorted(path for path in tmp_path.rglob("*"))
     with pytest.raises(error, match=message) as caught:
-        told(*(text.format(tmp=tmp_path, made=folder, dora=dora) for text in arguments))
+        told(*(text.format(tmp=tmp_path, made=folder, **made) for text in arguments))
     assert "\n" not in str(caught.value)
     assert sorted(path for path in tmp_path.rglob("*")) == before
 
@@ -392,10 +429,22 @@ def test_an_export_tells_what_it_did(
 ) -> None:
     def export(request: ExportRequest, target: Path, progress: Any) -> Exported:
         assert (request.base, request.adapter, request.format) == ("tiny", str(folder), "gguf")
-        return Exported(size_bytes=1 << 20, rank=8, alpha=16.0, modules=14)
+        return Exported(size_bytes=1 << 20, method="lora", modules=14, rank=8, alpha=16.0)
 
     monkeypatch.setattr(merge_client, "export", export)
     arguments = ("export", str(folder), "--format", "gguf", "--out", str(tmp_path / "a.gguf"))
     assert "rank 8, alpha 16, on 14 linears of tiny" in told(*arguments)
     result = json.loads(told(*arguments, "--json"))
     assert (result["rank"], result["alpha"], result["modules"]) == (8, 16.0, 14)
+
+
+def test_an_export_of_another_method_tells_its_name(
+    entry: ModelEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = write_peft_folder(tmp_path / "made", entry.shape, peft_type="IA3")
+    exported = Exported(size_bytes=1 << 10, method="ia3", modules=6)
+    monkeypatch.setattr(merge_client, "export", lambda *_: exported)
+    arguments = ("export", str(made), "--format", "peft", "--out", str(tmp_path / "o"), "--base", "tiny")
+    assert "ia3, in 6 places of tiny" in told(*arguments)
+    result = json.loads(told(*arguments, "--json"))
+    assert (result["method"], result["rank"], result["alpha"]) == ("ia3", None, None)

@@ -187,7 +187,7 @@ class BaseFiles:
 
 
 def locate(paths: Iterable[str], names: Iterable[str], where: str) -> dict[str, str]:
-    """Module path in transformers' model → name of its weight in the files.
+    """Path of a linear, a norm or a table in transformers' model → name of its weight in the files.
 
     Both are alike, except that a language tower lies under other prefixes in the files of a vision-language model.
 
@@ -198,16 +198,21 @@ def locate(paths: Iterable[str], names: Iterable[str], where: str) -> dict[str, 
     by_ending: dict[str, list[str]] = {}
     for name in known:
         if not _OTHER_TOWERS.search(name.partition("layers.")[0]):
-            by_ending.setdefault(from_layers(name), []).append(name)
+            by_ending.setdefault(_ending(name), []).append(name)
     exact = set(known)
     found = {}
     for path in paths:
         name = f"{path}.weight"
-        others = by_ending.get(from_layers(name), [])
+        others = by_ending.get(_ending(name), [])
         if name not in exact and len(others) != 1:
             raise BadInput(f"tensor {name} is not found under that name in its files", where=where, hint=_ANEW)
         found[path] = name if name in exact else others[0]
     return found
+
+
+def _ending(name: str) -> str:
+    """What of a weight's name does not depend on where the language tower lies."""
+    return from_layers(name) if "layers." in name else ".".join(name.rsplit(".", 2)[-2:])
 
 
 _ANEW = "Take the model's files anew from where they came from"

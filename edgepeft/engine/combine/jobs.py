@@ -5,21 +5,24 @@ from __future__ import annotations
 import contextlib
 import json
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import cast
 
 import msgspec
+from torch import Tensor
 
 from edgepeft.engine.combine.base_files import BaseFiles, locate
 from edgepeft.engine.combine.drift import measure_drift
 from edgepeft.engine.combine.gguf_adapter import write_gguf_adapter
 from edgepeft.engine.combine.gguf_model import FileKind, GgufModel, check_tokenizer
-from edgepeft.engine.combine.merge import MergedWeights, updates_of
+from edgepeft.engine.combine.merge import MergedWeights, changes_of
 from edgepeft.engine.combine.model_folder import size_of, write_small_files, write_weights
 from edgepeft.engine.combine.outline import open_outline, shapes_of, trained_values
-from edgepeft.engine.combine.uniform import make_uniform, write_peft_folder
+from edgepeft.engine.combine.uniform import is_plain_lora, make_uniform, write_peft_folder
 from edgepeft.engine.heap import trim_heap
-from edgepeft.engine.methods.files import read_adapter
+from edgepeft.engine.methods.files import read_adapter, save_adapter
 from edgepeft.engine.model.frozen import DTYPES
 from edgepeft.engine.model.gguf import convert_gguf
 from edgepeft.engine.simulate.model import read_config
@@ -35,7 +38,8 @@ from edgepeft.library.merging import (
     MergeRequest,
     drift_text,
 )
-from edgepeft.library.store import open_adapter, weights_digest
+from edgepeft.library.store import CONFIG_FILE, WEIGHTS_FILE, open_adapter, weights_digest
+from edgepeft.methods import id_of
 from edgepeft.models.source_folder import read_json
 from edgepeft.models.store import ModelEntry, find_model, verify_unchanged
 from edgepeft.processes import Progress
@@ -57,16 +61,17 @@ def merge(request: MergeRequest, progress: Progress) -> Merged:
     work, adapter_folder = Path(request.work), Path(request.adapter)
     files, outline = BaseFiles(entry), open_outline(entry)
     adapter = read_adapter(adapter_folder, outline, "merged")
-    shapes = shapes_of(outline)
-    updates = updates_of(adapter, shapes, request.adapter)
-    names = locate(shapes, files.tensors, entry.weights)
+    changes = changes_of(adapter, outline, files, request.adapter)
     with contextlib.ExitStack() as opened:
-        values = None
+        trained: dict[str, Callable[[], Tensor]] = {}
         if request.into == "dequantized":
+            shapes = shapes_of(outline)
+            names = locate(shapes, files.tensors, entry.weights)
             values = opened.enter_context(
                 trained_values(entry, files, names, shapes, request.precision, request.compute_dtype)
             )
-        merged = MergedWeights(files, updates, names, DTYPES[request.dtype], values)
+            trained = {name: partial(values, path) for path, name in names.items()}
+        merged = MergedWeights(files, changes, DTYPES[request.dtype], trained)
         if request.format == "safetensors":
             size, notes, folder = _write_folder(request, entry, merged, progress), list[str](), work
         else:
@@ -79,23 +84,27 @@ def merge(request: MergeRequest, progress: Progress) -> Merged:
     if folder != work:
         shutil.rmtree(folder)
     else:
-        _write_provenance(request, entry, drift)
+        _write_provenance(request, entry, id_of(adapter.config), merged.changed, drift)
     return Merged(size_bytes=size, changed=merged.changed, tensors=len(merged.tensors), drift=drift, notes=tuple(notes))
 
 
 def export(request: ExportRequest, progress: Progress) -> Exported:
-    """Writes the adapter into `request.work`.
+    """Writes the adapter into `request.work`: a plain LoRA as every program reads it, others as PEFT has them.
 
     Raises:
-        BadInput: it is no LoRA, or llama.cpp has no place for it.
+        BadInput: llama.cpp has no place for it.
     """
     progress("opening the adapter", None)
     entry = find_model(request.base)
     outline = open_outline(entry)
     adapter = read_adapter(Path(request.adapter), outline, "exported")
-    lora = make_uniform(adapter, shapes_of(outline), request.adapter)
     progress("writing", None)
     work = Path(request.work)
+    if request.format == "peft" and not is_plain_lora(adapter):
+        save_adapter(work, adapter, entry.name)
+        size = sum((work / name).stat().st_size for name in (CONFIG_FILE, WEIGHTS_FILE))
+        return Exported(size_bytes=size, method=id_of(adapter.config), modules=len(adapter.updates))
+    lora = make_uniform(adapter, shapes_of(outline), request.adapter)
     if request.format == "peft":
         size = write_peft_folder(work, lora, entry.name)
     else:
@@ -103,7 +112,7 @@ def export(request: ExportRequest, progress: Progress) -> Exported:
         size = write_gguf_adapter(work / ADAPTER_FILE, lora, config, title=request.title, base_name=entry.name)
     filled = len(lora.pairs) - len(adapter.updates)
     notes = (f"{filled} linears in layers that it does not change are filled with zeros",) if filled else ()
-    return Exported(size_bytes=size, rank=lora.rank, alpha=lora.alpha, modules=len(lora.pairs), notes=notes)
+    return Exported(size, id_of(adapter.config), len(lora.pairs), rank=lora.rank, alpha=lora.alpha, notes=notes)
 
 
 def _write_folder(request: MergeRequest, entry: ModelEntry, merged: MergedWeights, progress: Progress) -> int:
@@ -138,14 +147,16 @@ def _write_gguf(
     return path.stat().st_size, model.notes
 
 
-def _write_provenance(request: MergeRequest, entry: ModelEntry, drift: Drift) -> None:
+def _write_provenance(request: MergeRequest, entry: ModelEntry, method: str, changed: int, drift: Drift) -> None:
     content = {
         "base": entry.name,
         "base_fingerprint": entry.fingerprint,
         "adapter": request.adapter_name,
+        "method": method,
         "adapter_weights": weights_digest(open_adapter(Path(request.adapter))),
         "into": request.into,
         "dtype": request.dtype,
+        "changed_tensors": changed,
         "drift": drift,
     }
     work = Path(request.work)

@@ -1,55 +1,84 @@
-"""A base's weights with an adapter's update added, tensor by tensor: no more than one matrix is in memory.
+"""A base's weights with an adapter's update in them, tensor by tensor: no more than one matrix is in memory.
 
-Updates are added in float32 and the result is rounded once. Merging into 4-bit codes would round most of a small update
-away (1 % of one of relative size 0.5 % is left), so what comes out is always 16 or 32 bit.
+What an update makes of a parameter is its method's to say (`Mergeable`); it is computed in float32 and the result is
+rounded once. Merging into 4-bit codes would round most of a small update away (1 % of one of relative size 0.5 % is
+left), so what comes out is always 16 or 32 bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
-from typing import Protocol, runtime_checkable
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from edgepeft.engine.combine.base_files import BaseFiles, StoredTensor
-from edgepeft.engine.combine.outline import Values
+from edgepeft.engine.combine.base_files import BaseFiles, StoredTensor, locate
 from edgepeft.engine.methods import AttachedAdapter
+from edgepeft.engine.methods.adapter import Mergeable
+from edgepeft.engine.model.load import LoadedModel
 from edgepeft.errors import BadInput
 
 _PART_ENTRIES = 1 << 21
 
 
-@runtime_checkable
-class Mergeable(Protocol):
-    """An update of a linear that can become part of its weight; a PEFT method says so by having this."""
+class Change(NamedTuple):
+    """What becomes of one tensor of the base."""
 
-    def merge_into(self, values: Tensor, rows: slice) -> None:
-        """Changes these rows of W, `values` of float32 [rows, in], in place to what they are with the update."""
-        ...
+    update: Mergeable
+    parameter: str
+    """Of the update's module."""
 
 
-def updates_of(adapter: AttachedAdapter, linears: Container[str], where: str) -> dict[str, Mergeable]:
-    """The adapter's updates by the path of their linear.
+def changes_of(adapter: AttachedAdapter, outline: LoadedModel, files: BaseFiles, where: str) -> dict[str, Change]:
+    """What the adapter changes, by the names that the base's files have for it.
 
     Args:
-        adapter: read onto its base.
-        linears: paths of the base's decoder linears.
+        adapter: read onto the outline.
+        outline: of the base.
+        files: of the base.
         where: the adapter, for messages.
 
     Raises:
-        BadInput: one of them cannot be part of a linear's weight.
+        BadInput: an update cannot be part of the weights, adds to a bias that the base does not have, or changes what
+            the files hold under no name that is known.
     """
-    found: dict[str, Mergeable] = {}
+    modules = {path: outline.model.get_submodule(path) for path in _merging(adapter, where)}
+    head, embedding = outline.model.get_output_embeddings(), outline.model.get_input_embeddings()
+    if head is not None and head.weight is embedding.weight:
+        # One table for both is in the files once; some hold it twice.
+        named = any(name.endswith("lm_head.weight") for name in files.tensors)
+        modules = {path: module for path, module in modules.items() if named or module is not head}
+    names = locate(modules, files.tensors, where)
+    found: dict[str, Change] = {}
+    for path, module in modules.items():
+        update: Any = adapter.updates[path]
+        has = {"weight", *(name for name, _ in module.named_parameters(recurse=False))}
+        altered = [parameter for parameter in update.alters if parameter in has]
+        if not altered:
+            raise BadInput(
+                f"it adds a {update.alters[0]} to {path}, which has none in this base",
+                where=where,
+                hint="Use the adapter beside its base, as chat does, or train --method norm",
+            )
+        for parameter in altered:
+            found[names[path].removesuffix("weight") + parameter] = Change(update, parameter)
+    if missing := [name for name in found if name not in files.tensors]:
+        raise BadInput(f"tensor {missing[0]}, which it changes, is in none of the base's files", where=where)
+    return found
+
+
+def _merging(adapter: AttachedAdapter, where: str) -> list[str]:
+    """The paths of its updates, all of which can be part of the weights."""
     for path, update in adapter.updates.items():
-        if path not in linears or not isinstance(update, Mergeable):
+        if not isinstance(update, Mergeable):
             raise BadInput(
                 f"its update of {path} is a {type(update).__name__}, which cannot be merged into weights",
                 where=where,
                 hint="Use the adapter beside its base, as chat does",
             )
-        found[path] = update
-    return found
+    return list(adapter.updates)
 
 
 class MergedWeights:
@@ -57,22 +86,20 @@ class MergedWeights:
 
     Args:
         files: of the base.
-        updates: of the adapter, by the path of their linear.
-        names: path of each decoder linear → name of its weight in the files.
+        changes: by the adapter, from `changes_of`.
         dtype: of the result.
-        values: what updates are added to, instead of the values in the files; every decoder linear then takes part.
+        trained: name of a tensor → gives the values that updates are added to instead of those in the files; all of
+            these tensors then take part.
     """
 
     def __init__(
         self,
         files: BaseFiles,
-        updates: Mapping[str, Mergeable],
-        names: Mapping[str, str],
+        changes: Mapping[str, Change],
         dtype: torch.dtype,
-        values: Values | None = None,
+        trained: Mapping[str, Callable[[], Tensor]] | None = None,
     ) -> None:
-        self._files, self._updates, self._values = files, updates, values
-        self._paths = {name: path for path, name in names.items() if values is not None or path in updates}
+        self._files, self._changes, self._trained = files, changes, trained or {}
         # What is asked for in the dtype that the base has is copied bit for bit, its float32 rarities included.
         self._keeps_others = dtype == main_dtype(files)
         self.dtype = dtype
@@ -82,7 +109,7 @@ class MergedWeights:
     @property
     def changed(self) -> int:
         """How many tensors are not copies."""
-        return len(self._paths)
+        return len(self._changes.keys() | self._trained.keys())
 
     def parts(self, name: str, dtype: torch.dtype | None = None) -> Iterator[Tensor]:
         """A tensor in parts along its first dimension, in its dtype or another one.
@@ -91,27 +118,30 @@ class MergedWeights:
             BadInput: values are not finite, or too large for the dtype.
         """
         wanted = dtype or self.tensors[name].dtype
-        path = self._paths.get(name)
-        if path is None:
+        if self._is_copy(name):
             for part in self._files.parts(name):
                 yield part if part.dtype == wanted else _rounded(part, wanted, name)
             return
-        update, start = self._updates.get(path), 0
-        for source in self._source(path, name):
+        change, start = self._changes.get(name), 0
+        for source in self._source(name):
             part = source.to(torch.float32, copy=True)
             del source
-            if update is not None:
-                update.merge_into(part, slice(start, start + len(part)))
+            if change is not None:
+                with torch.no_grad():
+                    change.update.merge_into(change.parameter, part, slice(start, start + len(part)))
             start += len(part)
             yield _rounded(part, wanted, name)
 
-    def _source(self, path: str, name: str) -> Iterator[Tensor]:
-        parts = self._files.parts(name) if self._values is None else iter([self._values(path)])
-        for part in parts:
-            yield from part.split(max(1, _PART_ENTRIES // part.shape[1]))
+    def _is_copy(self, name: str) -> bool:
+        return name not in self._changes and name not in self._trained
+
+    def _source(self, name: str) -> Iterator[Tensor]:
+        values = self._trained.get(name)
+        for part in self._files.parts(name) if values is None else iter([values()]):
+            yield from part.split(max(1, _PART_ENTRIES // math.prod(part.shape[1:])))
 
     def _form(self, name: str, stored: StoredTensor) -> StoredTensor:
-        kept = name not in self._paths and not stored.packed and self._keeps_others
+        kept = self._is_copy(name) and not stored.packed and self._keeps_others
         if kept or not stored.dtype.is_floating_point:
             return stored
         return StoredTensor(stored.shape, self.dtype, False)

@@ -46,7 +46,7 @@ def open_outline(entry: ModelEntry) -> LoadedModel:
         for parent, child, path, _ in linears_of(model, decoder_layers(inner_decoder(model))):
             linear = getattr(parent, child)
             setattr(parent, child, AdaptedLinear(DenseWeight(linear.weight, workspace), linear.bias, path))
-    return LoadedModel(model, entry, CPU, "fp32", workspace)
+    return LoadedModel(model, entry, CPU, "fp32", workspace, only_reads=True)
 
 
 def shapes_of(outline: LoadedModel) -> dict[str, tuple[int, int]]:

@@ -91,7 +91,7 @@ def open_streamed(entry: ModelEntry, values: Values | None = None) -> LoadedMode
         if id(parameter) not in left_alone and parameter.is_floating_point():
             parameter.data = parameter.data.float()
     model.eval()
-    return LoadedModel(model, entry, CPU, "fp32", workspace)
+    return LoadedModel(model, entry, CPU, "fp32", workspace, only_reads=True)
 
 
 @torch.no_grad()

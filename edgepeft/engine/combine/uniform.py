@@ -34,6 +34,11 @@ class UniformLora(NamedTuple):
     """Path of each linear → A [rank, in] and B [out, rank], float32."""
 
 
+def is_plain_lora(adapter: AttachedAdapter) -> bool:
+    """Whether its updates are nothing but products of A and B."""
+    return all(isinstance(update, LoraUpdate) for update in adapter.updates.values())
+
+
 def make_uniform(adapter: AttachedAdapter, shapes: Mapping[str, tuple[int, int]], where: str) -> UniformLora:
     """The adapter with its largest rank in all modules, and its commonest scale.
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
+from edgepeft.engine.model.frozen import FrozenWeight
+from edgepeft.engine.model.load import LoadedModel
 from edgepeft.errors import BadInput
 from edgepeft.library.card import ChangedParameter
 from edgepeft.library.peft_config import PEFT_PREFIX
 from edgepeft.methods import MethodConfig
+
+_PART_ENTRIES = 1 << 22
 
 
 class Update(Protocol):
@@ -44,6 +48,26 @@ class ChoosesFirst(Protocol):
 
     def choose(self) -> None:
         """Decides by what was seen, and trains from here on."""
+        ...
+
+
+@runtime_checkable
+class Mergeable(Protocol):
+    """An update that can become part of its module's parameters; a method that merges has no others."""
+
+    @property
+    def alters(self) -> Collection[str]:
+        """The parameters that it changes, such as `weight`, as far as the module has them."""
+        ...
+
+    def merge_into(self, parameter: str, values: Tensor, rows: slice) -> None:
+        """Makes of the base's values what they are with the update at its trained strength.
+
+        Args:
+            parameter: one of `alters`.
+            values: these rows of the base's own, float32 [rows, ...]; changed in place.
+            rows: which they are; a matrix is never split along its columns.
+        """
         ...
 
 
@@ -104,7 +128,7 @@ class AttachedAdapter:
         return {PEFT_PREFIX + name: value for name, value in self.state_dict().items()}
 
     def load_state_dict(self, values: Mapping[str, Tensor], *, where: str = "") -> None:
-        """Copies values of the same names and shapes into the parameters.
+        """Copies values of the same names and shapes into the parameters; those on `meta` become the values themselves.
 
         Raises:
             BadInput: a tensor is missing, unknown, of another shape, or not finite; nothing is changed then.
@@ -114,11 +138,29 @@ class AttachedAdapter:
         check_tensors(values, shapes, whole=self.named_places(), where=where)
         with torch.no_grad():
             for name, tensor in own.items():
-                tensor.copy_(values[name])
+                if not tensor.is_meta:
+                    tensor.copy_(values[name])
+            for name, parameter in self.named_parameters().items():
+                if parameter.is_meta:
+                    # See `trained_copy`. A parameter cannot be pointed at memory of another device.
+                    torch.utils.swap_tensors(parameter, nn.Parameter(values[name].float()))
 
     def changed(self) -> list[ChangedParameter]:
         """Every parameter that this adapter adds or changes, by its key in adapter_model.safetensors."""
         return [ChangedParameter(name=key, shape=tuple(value.shape)) for key, value in self._by_key().items()]
+
+
+def trained_copy(source: FrozenWeight | Tensor, loaded: LoadedModel) -> nn.Parameter:
+    """What is trained in place of one of the base's parameters: float32, with its values.
+
+    On a base that only reads adapters it is on `meta`, and the file's tensor takes its place unmoved: a model as large
+    as the base stays in its file.
+    """
+    if loaded.only_reads:
+        return nn.Parameter(torch.empty(source.shape, dtype=torch.float32, device="meta"))
+    if isinstance(source, Tensor):
+        return nn.Parameter(source.detach().to(loaded.device, torch.float32, copy=True))
+    return nn.Parameter(source.materialize(torch.empty(source.shape, dtype=torch.float32, device=loaded.device)))
 
 
 def check_tensors(
@@ -146,8 +188,13 @@ def check_tensors(
         if name in whole:
             if value.is_floating_point() or value.dtype == torch.bool:
                 raise BadInput(f"tensor {name} holds no whole numbers", where=where, hint=hint)
-        elif not value.is_floating_point() or not bool(torch.isfinite(value).all()):
+        elif not value.is_floating_point() or not _all_finite(value):
             raise BadInput(f"tensor {name} holds values that are not finite numbers", where=where, hint="Train it anew")
     for name in values:
         if name not in expected:
             raise BadInput(f"tensor {name} fits no layer of this model", where=where, hint=hint)
+
+
+def _all_finite(value: Tensor) -> bool:
+    """By parts: looking at a table at once would take as much memory as it has."""
+    return all(bool(torch.isfinite(part).all()) for part in value.reshape(-1).split(_PART_ENTRIES))

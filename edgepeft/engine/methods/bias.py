@@ -31,6 +31,8 @@ class BiasUpdate(LinearUpdate):
         device: of the model.
     """
 
+    alters = ("bias",)
+
     def __init__(self, rows: int, device: torch.device) -> None:
         self.offset = nn.Parameter(torch.zeros(1, rows, device=device))
 
@@ -52,6 +54,10 @@ class BiasUpdate(LinearUpdate):
     ) -> tuple[Tensor | None, ...]:
         """dd = s Σ g over the tokens."""
         return (g.sum(0, keepdim=True).to(self.offset.dtype).mul_(scale),)
+
+    def merge_into(self, parameter: str, values: Tensor, rows: slice) -> None:
+        """b += d; see `Mergeable`."""
+        values.add_(self.offset.detach()[0, rows])
 
 
 def build(loaded: LoadedModel, config: BiasConfig, seed: int) -> Parts:

@@ -40,6 +40,7 @@ class DoraUpdate(LinearUpdate):
     """
 
     keeps_input = True
+    alters = ("weight",)
 
     def __init__(
         self, lora: LoraUpdate, linear: AdaptedLinear, squares: Tensor, magnitude: nn.Parameter | None = None
@@ -119,6 +120,12 @@ class DoraUpdate(LinearUpdate):
         seen = x if mask is None else x * mask
         grad_B = (g.t() @ inner).to(self.B.dtype).mul_((excess + 1).mul_(factor).unsqueeze(1))
         return (g_inner.t() @ seen).to(self.A.dtype), grad_B, grad_m
+
+    def merge_into(self, parameter: str, values: Tensor, rows: slice) -> None:
+        """Rows of W + s B A, each brought to its length m; see `Mergeable`."""
+        self._lora.merge_into(parameter, values, rows)
+        lengths = torch.linalg.vecdot(values, values).clamp_(min=_LEAST_SQUARE).sqrt_()
+        values.mul_((self.magnitude.detach()[rows] / lengths).unsqueeze(1))
 
     @property
     def _drops(self) -> bool:

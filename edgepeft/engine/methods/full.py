@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from edgepeft.engine.methods import own_files
-from edgepeft.engine.methods.adapter import Parts, Update
+from edgepeft.engine.methods.adapter import Parts, Update, trained_copy
 from edgepeft.engine.methods.norm import NormUpdate
 from edgepeft.engine.methods.own_files import settings_of
-from edgepeft.engine.model.frozen import DenseWeight, FrozenWeight, Int8Weight, Nf4Weight, Workspace
+from edgepeft.engine.model.frozen import DenseWeight, FrozenWeight, Int8Weight, Nf4Weight
 from edgepeft.engine.model.linear import AdaptedLinear, LinearUpdate
 from edgepeft.engine.model.load import LoadedModel
 from edgepeft.engine.model.replaced import BetweenWeight
@@ -34,16 +34,24 @@ class LinearCopy(LinearUpdate):
 
     Args:
         linear: whose values it begins with.
-        workspace: products in another dtype go through it.
+        loaded: the base.
     """
 
     keeps_input = replaces_weight = True
 
-    def __init__(self, linear: AdaptedLinear, workspace: Workspace) -> None:
-        values = torch.empty(linear.weight_source.shape, dtype=torch.float32, device=workspace.device)
-        self.weight = nn.Parameter(linear.weight_source.materialize(values))
-        self.bias = None if linear.bias is None else nn.Parameter(_master(linear.bias))
-        self._workspace = workspace
+    def __init__(self, linear: AdaptedLinear, loaded: LoadedModel) -> None:
+        self.weight = trained_copy(linear.weight_source, loaded)
+        self.bias = None if linear.bias is None else trained_copy(linear.bias, loaded)
+        self._workspace = loaded.workspace
+
+    @property
+    def alters(self) -> tuple[str, ...]:
+        """All that the linear has."""
+        return tuple(self.named_tensors())
+
+    def merge_into(self, parameter: str, values: Tensor, rows: slice) -> None:
+        """The copies take their place; see `Mergeable`."""
+        values.copy_(self.named_tensors()[parameter].detach()[rows])
 
     def named_tensors(self) -> dict[str, nn.Parameter]:
         """As the model names them."""
@@ -84,9 +92,15 @@ class TableCopy:
         named: whether it is this site under whose name it goes into a file.
     """
 
+    alters = ("weight",)
+
     def __init__(self, table: nn.Parameter, *, named: bool = True) -> None:
         self._table = table
         self._named = named
+
+    def merge_into(self, parameter: str, values: Tensor, rows: slice) -> None:
+        """The table takes its place; see `Mergeable`."""
+        values.copy_(self._table.detach()[rows])
 
     def named_tensors(self) -> dict[str, nn.Parameter]:
         """As the model names it."""
@@ -110,13 +124,13 @@ def build(loaded: LoadedModel, config: FullConfig, seed: int) -> Parts:
     linears, norms, tables = loaded.linears(), loaded.norms(), loaded.tables()
     _check_dense(loaded)
     _check_complete(loaded)
-    updates: dict[str, Update] = {path: LinearCopy(linear, loaded.workspace) for path, linear in linears.items()}
-    updates |= {path: NormUpdate(norm.own(), loaded.device, prefix="") for path, norm in norms.items()}
+    updates: dict[str, Update] = {path: LinearCopy(linear, loaded) for path, linear in linears.items()}
+    updates |= {path: NormUpdate.on(norm, loaded, prefix="") for path, norm in norms.items()}
     trained: dict[int, nn.Parameter] = {}
     for path, table in tables.items():
         named = id(table.own) not in trained
         if named:
-            trained[id(table.own)] = nn.Parameter(_master(table.own))
+            trained[id(table.own)] = trained_copy(table.own, loaded)
         updates[path] = TableCopy(trained[id(table.own)], named=named)
     return Parts(updates)
 
@@ -163,7 +177,3 @@ def _is_plain(table: AdaptedTable) -> bool:
     kind = type(table.module)
     plain = kind.forward in (nn.Embedding.forward, nn.Linear.forward)
     return plain or (issubclass(kind, nn.Embedding) and hasattr(table.module, "embed_scale"))
-
-
-def _master(values: Tensor) -> Tensor:
-    return values.detach().to(torch.float32, copy=True)

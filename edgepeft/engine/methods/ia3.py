@@ -38,6 +38,18 @@ class Ia3Update(LinearUpdate):
         """Where the factors are those of the result."""
         return not self.rescales_input
 
+    @property
+    def alters(self) -> tuple[str, ...]:
+        """A result is multiplied with its bias in it."""
+        return ("weight",) if self.rescales_input else ("weight", "bias")
+
+    def merge_into(self, parameter: str, values: Tensor, rows: slice) -> None:
+        """Columns or rows of W are multiplied, and entries of the bias; see `Mergeable`."""
+        factors = self.factors.detach()
+        if not self.rescales_input:
+            factors = factors[rows]
+        values.mul_(factors.view(-1) if parameter == "bias" else factors)
+
     def named_tensors(self) -> dict[str, nn.Parameter]:
         """The factors, as PEFT's files name them."""
         return {"ia3_l": self.factors}

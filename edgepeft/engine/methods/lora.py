@@ -75,6 +75,7 @@ class LoraUpdate(LinearUpdate):
     """
 
     keeps_input = True
+    alters = ("weight",)
 
     def __init__(self, A: nn.Parameter, B: nn.Parameter, factor: float, module: str, dropout: float = 0.0) -> None:
         self.A = A
@@ -136,8 +137,8 @@ class LoraUpdate(LinearUpdate):
         grad_B = (g.t() @ inner).to(self.B.dtype).mul_(factor)
         return (g_inner.t() @ seen).to(self.A.dtype), grad_B
 
-    def merge_into(self, values: Tensor, rows: slice) -> None:
-        """Adds these rows of s·B·A to the same rows of W, `values` of float32 [rows, in], in place."""
+    def merge_into(self, parameter: str, values: Tensor, rows: slice) -> None:
+        """W += s B A; see `Mergeable`."""
         with torch.no_grad():
             values.addmm_(self.B[rows].float(), self.A.float(), alpha=self.factor)
 

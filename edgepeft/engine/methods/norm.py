@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgepeft.engine.methods.adapter import AttachedAdapter, Parts
+from edgepeft.engine.methods.adapter import AttachedAdapter, Parts, trained_copy
 from edgepeft.engine.methods.own_files import load_values
 from edgepeft.engine.model.load import LoadedModel
+from edgepeft.engine.model.sites import AdaptedNorm
 from edgepeft.errors import BadInput, UsageError
 from edgepeft.library.store import CONFIG_FILE
 from edgepeft.methods.norm import NormConfig
@@ -22,16 +23,27 @@ class NormUpdate:
     """A trained copy of each parameter of one norm.
 
     Args:
-        own: of the norm, by name.
-        device: where the copies are.
+        trained: the copies, by name.
         prefix: of their names in a file.
     """
 
-    def __init__(self, own: Mapping[str, Tensor], device: torch.device, prefix: str = "ln_tuning_layers.") -> None:
+    def __init__(self, trained: Mapping[str, nn.Parameter], prefix: str = "ln_tuning_layers.") -> None:
         self._prefix = prefix
-        self._trained = {
-            name: nn.Parameter(value.detach().to(device, torch.float32, copy=True)) for name, value in own.items()
-        }
+        self._trained = dict(trained)
+
+    @classmethod
+    def on(cls, norm: AdaptedNorm, loaded: LoadedModel, prefix: str = "ln_tuning_layers.") -> NormUpdate:
+        """Copies of what a norm has."""
+        return cls({name: trained_copy(value, loaded) for name, value in norm.own().items()}, prefix)
+
+    @property
+    def alters(self) -> tuple[str, ...]:
+        """All that the norm has."""
+        return tuple(self._trained)
+
+    def merge_into(self, parameter: str, values: Tensor, rows: slice) -> None:
+        """The copies take their place; see `Mergeable`."""
+        values.copy_(self._trained[parameter].detach()[rows])
 
     def named_tensors(self) -> dict[str, nn.Parameter]:
         """By their names in a file; PEFT's have its own prefix."""
@@ -61,7 +73,7 @@ def build(loaded: LoadedModel, config: NormConfig, seed: int) -> Parts:
             raise UsageError(f"{target!r} matches no norm of this model", where="norms", hint=f"It has: {known}")
     return Parts(
         {
-            path: NormUpdate(norm.own(), loaded.device)
+            path: NormUpdate.on(norm, loaded)
             for path, norm in found.items()
             if any(_means(target, path) for target in config.norms)
         }

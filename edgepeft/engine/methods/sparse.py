@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from edgepeft.engine.kernels import has_values, one_of
+from edgepeft.engine.kernels import has_values, one_of, split_points
 from edgepeft.engine.methods.adapter import Parts
 from edgepeft.engine.methods.sparse_choice import Block, Candidates, blocks_of, by_chance, by_magnitude
 from edgepeft.engine.methods.sparse_files import read_parts, settings_of, written
@@ -38,6 +38,7 @@ class SparseUpdate(LinearUpdate):
     """
 
     keeps_input = replaces_weight = True
+    alters = ("weight",)
 
     def __init__(self, places: Tensor, shape: tuple[int, int], workspace: Workspace, *, chooses: bool = False) -> None:
         self.values = nn.Parameter(torch.zeros(places.shape[0], dtype=torch.float32, device=places.device))
@@ -80,6 +81,13 @@ class SparseUpdate(LinearUpdate):
             found[block.inside] = dense.index_select(0, self.places[block.inside] - block.begin)
             del dense
         return (found if scale == 1 else found.mul_(scale),)
+
+    def merge_into(self, parameter: str, values: Tensor, rows: slice) -> None:
+        """W[i, j] += d for the places in these rows; see `Mergeable`."""
+        columns = self.shape[1]
+        begin, end = rows.start * columns, rows.stop * columns
+        first, last = split_points(self.places, (begin, end), self.shape[0] * columns)
+        values.view(-1).index_add_(0, self.places[first:last] - begin, self.values.detach()[first:last])
 
     def begin_looking(self) -> None:
         """See `ChoosesFirst`."""

@@ -60,6 +60,8 @@ class LoadedModel:
         device: torch.device,
         compute_dtype: ComputeDtype,
         workspace: Workspace,
+        *,
+        only_reads: bool = False,
     ) -> None:
         self.model = model
         """transformers' causal language model; nothing in it requires a gradient."""
@@ -68,6 +70,8 @@ class LoadedModel:
         self.device = device
         self.compute_dtype: ComputeDtype = compute_dtype
         self.workspace = workspace
+        self.only_reads = only_reads
+        """Whether adapters are read onto it and never trained, so that their tensors may stay in their files."""
         self.decoder = inner_decoder(model)
         """The inner model; it returns hidden states after the final norm."""
         self.layers = decoder_layers(self.decoder)
