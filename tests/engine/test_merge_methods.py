@@ -13,10 +13,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
+from edgepeft.engine.combine import jobs
+from edgepeft.engine.combine.base_files import BaseFiles
 from edgepeft.engine.combine.drift import _reference_logits, measure_drift
+from edgepeft.engine.combine.gguf_model import GgufModel
+from edgepeft.engine.combine.merge import MergedWeights, changes_of
+from edgepeft.engine.combine.model_folder import write_weights
+from edgepeft.engine.combine.outline import open_outline
+from edgepeft.engine.ledger import LiveBytes, lie_in_files
 from edgepeft.engine.methods import attach
 from edgepeft.engine.methods.adapter import Mergeable
+from edgepeft.engine.methods.files import read_adapter
 from edgepeft.errors import BadInput
+from edgepeft.library.merging import ExportRequest
 from edgepeft.methods import METHODS, LoraConfig, MethodConfig, id_of
 from edgepeft.methods.bias import BiasConfig
 from edgepeft.methods.bottleneck import BottleneckConfig
@@ -29,6 +38,7 @@ from edgepeft.methods.prompt import PromptConfig
 from edgepeft.methods.sparse import SparseConfig
 from edgepeft.models.store import ModelEntry
 from merging import (
+    CPU,
     IDS,
     PROMPTS,
     TEXT,
@@ -192,6 +202,35 @@ def test_sixteen_bits_are_rounded_once_and_the_rest_is_the_bases(tmp_path: Path,
     assert merged.drift.mean_kl < 1e-3
 
 
+# --- memory ---
+
+
+@pytest.mark.parametrize("method", ["dora", "ia3", "sparse", "norm", "full"])
+@pytest.mark.parametrize("form", ["folder", "gguf"])
+def test_tensors_go_by_parts(tmp_path: Path, method: str, form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables, too: the largest tensor here is never in memory as a whole."""
+    part = 1 << 17
+    monkeypatch.setattr("edgepeft.engine.combine.base_files._PART_BYTES", part)
+    monkeypatch.setattr("edgepeft.engine.combine.merge._PART_ENTRIES", part // 4)
+    monkeypatch.setattr("edgepeft.engine.methods.adapter._PART_ENTRIES", part // 4)
+    entry = base_of(tmp_path, "qwen2", hidden_size=256, intermediate_size=512, vocab_size=4096)
+    file = write_adapter(tmp_path / "adapter", entry, METHOD_CONFIGS[method]) / "adapter_model.safetensors"
+    files, outline = BaseFiles(entry), open_outline(entry)
+    with LiveBytes(CPU, others=False) as ledger:
+        adapter = read_adapter(file.parent, outline, "a")
+    # As the file has them: what is as large as the base is not copied out of it.
+    assert ledger.peak_bytes < file.stat().st_size * (1.2 if method == "full" else 6) + (1 << 16)
+    merged = MergedWeights(files, changes_of(adapter, outline, files, "a"), torch.float32)
+    model = GgufModel(entry, merged, "f16", title="t", adapter="a", template=None, stop_ids=())
+    with LiveBytes(CPU, others=False) as ledger:
+        lie_in_files(tensor for update in adapter.updates.values() for tensor in update.named_tensors().values())
+        if form == "folder":
+            write_weights(tmp_path, merged, 1 << 20, lambda *_: None)
+        else:
+            model.write(tmp_path / "model.gguf", lambda *_: None)
+    assert ledger.peak_bytes < 8 * part < 4 * 256 * 4096 / 3
+
+
 # --- GGUF ---
 
 
@@ -270,6 +309,20 @@ def test_a_tied_head_that_is_in_the_files_too_is_replaced_with_the_embedding(tmp
     assert merged.changed == merged.tensors == len(tensors)
 
 
+@pytest.mark.parametrize("table", ["model.embed_tokens", "lm_head"])
+def test_one_table_for_both_is_not_changed_for_one(tmp_path: Path, table: str) -> None:
+    entry = base_of(tmp_path, "llama")
+    files, outline = BaseFiles(entry), open_outline(entry)
+    read = read_adapter(write_adapter(tmp_path / "adapter", entry, FullConfig()), outline, "a")
+    assert len(changes_of(read, outline, files, "a")) == len(files.tensors)
+    kept = read.updates.pop(table)
+    with pytest.raises(BadInput, match="this base has one table for both"):
+        changes_of(read, outline, files, "a")
+    read.updates = {table: kept}
+    with pytest.raises(BadInput, match="this base has one table for both"):
+        changes_of(read, outline, files, "a")
+
+
 @pytest.mark.parametrize("method", ["ia3", "norm", "dora", "sparse as PEFT has it"])
 def test_peft_merges_the_same(tmp_path: Path, method: str) -> None:
     from peft import PeftModel
@@ -283,6 +336,33 @@ def test_peft_merges_the_same(tmp_path: Path, method: str) -> None:
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, theirs[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+# --- exports ---
+
+
+@pytest.mark.parametrize("method", ["dora", "ia3", "norm", "bias", "sparse as PEFT has it", "prefix", "prompt"])
+def test_an_export_for_peft_is_the_adapter_as_peft_has_it(tmp_path: Path, method: str) -> None:
+    from peft import PeftModel
+
+    entry = base_of(tmp_path, "qwen2")
+    adapter = write_adapter(tmp_path / "adapter", entry, (METHOD_CONFIGS | OTHERS)[method])
+    work = tmp_path / "out"
+    work.mkdir()
+    request = ExportRequest(entry.name, str(adapter), "t", str(work), "peft")
+    exported = jobs.export(request, lambda *_: None)
+    assert sorted(path.name for path in work.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert (exported.method, exported.rank) == (id_of((METHOD_CONFIGS | OTHERS)[method]), None)
+    assert exported.size_bytes == sum(path.stat().st_size for path in work.iterdir())
+    theirs, ours = (load_file(folder / "adapter_model.safetensors") for folder in (work, adapter))
+    assert theirs.keys() == ours.keys()
+    assert all(torch.equal(theirs[key], ours[key]) for key in ours)
+    model = AutoModelForCausalLM.from_pretrained(entry.weights, dtype=torch.float32)
+    with torch.no_grad():
+        logits = PeftModel.from_pretrained(model, work)(IDS).logits
+    torch.testing.assert_close(
+        logits[:, -IDS.shape[1] :], adapted_logits(entry, adapter)[:, -IDS.shape[1] :], rtol=1e-4, atol=1e-4
+    )
 
 
 # --- what does not merge ---

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
@@ -57,6 +58,41 @@ def test_a_merged_folder_can_be_added_and_is_what_was_measured(adapter: Path, tm
     assert again.returncode == 3
     assert again.stderr.startswith("edgepeft: ")
     assert "holds the files of the model merged" in again.stderr
+
+
+def test_factors_become_part_of_the_weights(entry: ModelEntry, tmp_path: Path) -> None:
+    made, out = tmp_path / "made", tmp_path / "merged"
+    made.mkdir()
+    random = np.random.default_rng(0)
+    sizes = {"self_attn.k_proj": (32, 1), "self_attn.v_proj": (32, 1), "mlp.down_proj": (1, 128)}
+    factors = {
+        f"base_model.model.model.layers.{layer}.{name}.ia3_l": random.uniform(0.8, 1.2, size).astype(np.float32)
+        for layer in range(2)
+        for name, size in sizes.items()
+    }
+    save_file(factors, made / "adapter_model.safetensors")
+    named = {"target_modules": ["down_proj", "k_proj", "v_proj"], "feedforward_modules": ["down_proj"]}
+    (made / "adapter_config.json").write_text(json.dumps({"peft_type": "IA3", **named}))
+    write_card(made, make_card(base_fingerprint=entry.fingerprint, precision="bf16"))
+    done = edgepeft("adapters", "merge", str(made), "--out", str(out), "--dtype", "fp32")
+    assert done.returncode == 0, done.stderr
+    shown = " ".join(done.stdout.split())
+    assert "merged into the original weights: it was trained on unquantized weights (bf16)" in shown
+    assert "6 of 20 tensors changed, the others are the base's" in shown
+    before, after = (load_file(Path(folder) / "model.safetensors") for folder in (entry.weights, out))
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed == {f"model.layers.{layer}.{name}.weight" for layer in range(2) for name in sizes}
+    record = json.loads((out / "edgepeft_merge.json").read_text())
+    assert (record["method"], record["changed_tensors"], record["into"]) == ("ia3", 6, "original")
+    assert record["drift"]["mean_kl"] < 1e-4
+    plain = edgepeft("adapters", "export", str(made), "--format", "peft", "--out", str(tmp_path / "plain"), "--json")
+    assert plain.returncode == 0, plain.stderr
+    assert (json.loads(plain.stdout)["method"], json.loads(plain.stdout)["modules"]) == ("ia3", 6)
+    assert load_file(tmp_path / "plain" / "adapter_model.safetensors").keys() == factors.keys()
+    refused = edgepeft("adapters", "export", str(made), "--format", "gguf", "--out", str(tmp_path / "a.gguf"))
+    assert refused.returncode == 3
+    assert "llama.cpp reads plain LoRA, and this adapter is of the method ia3" in " ".join(refused.stderr.split())
+    assert left_behind(tmp_path) == []
 
 
 def test_a_refused_merge_leaves_nothing(adapter: Path, tmp_path: Path) -> None:

@@ -145,6 +145,12 @@ def test_exports_are_what_the_other_program_reads(
                 merging.check_exportable(adapter, kind)
 
 
+def test_the_list_of_methods_tells_which_merge() -> None:
+    found = CliRunner().invoke(app, ["methods", "list", "--json"], catch_exceptions=False)
+    merges = {method["id"] for method in json.loads(found.stdout) if method["merges"]}
+    assert merges == {"lora", "ia3", "norm", "bias", "full", "sparse"}
+
+
 # --- where it goes ---
 
 

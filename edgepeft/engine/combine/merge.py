@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from edgepeft.engine.combine.base_files import BaseFiles, StoredTensor, locate
+from edgepeft.engine.heap import trim_heap
 from edgepeft.engine.methods import AttachedAdapter
 from edgepeft.engine.methods.adapter import Mergeable
 from edgepeft.engine.model.load import LoadedModel
@@ -41,15 +42,12 @@ def changes_of(adapter: AttachedAdapter, outline: LoadedModel, files: BaseFiles,
         where: the adapter, for messages.
 
     Raises:
-        BadInput: an update cannot be part of the weights, adds to a bias that the base does not have, or changes what
-            the files hold under no name that is known.
+        BadInput: an update cannot be part of the weights, adds to a bias that the base does not have, changes one of
+            two things that the base has as one table, or what the files hold under no name that is known.
     """
-    modules = {path: outline.model.get_submodule(path) for path in _merging(adapter, where)}
-    head, embedding = outline.model.get_output_embeddings(), outline.model.get_input_embeddings()
-    if head is not None and head.weight is embedding.weight:
-        # One table for both is in the files once; some hold it twice.
-        named = any(name.endswith("lm_head.weight") for name in files.tensors)
-        modules = {path: module for path, module in modules.items() if named or module is not head}
+    _check_mergeable(adapter, where)
+    spared = _second_names(adapter, outline, files, where)
+    modules = {path: outline.model.get_submodule(path) for path in adapter.updates if path not in spared}
     names = locate(modules, files.tensors, where)
     found: dict[str, Change] = {}
     for path, module in modules.items():
@@ -69,8 +67,7 @@ def changes_of(adapter: AttachedAdapter, outline: LoadedModel, files: BaseFiles,
     return found
 
 
-def _merging(adapter: AttachedAdapter, where: str) -> list[str]:
-    """The paths of its updates, all of which can be part of the weights."""
+def _check_mergeable(adapter: AttachedAdapter, where: str) -> None:
     for path, update in adapter.updates.items():
         if not isinstance(update, Mergeable):
             raise BadInput(
@@ -78,7 +75,29 @@ def _merging(adapter: AttachedAdapter, where: str) -> list[str]:
                 where=where,
                 hint="Use the adapter beside its base, as chat does",
             )
-    return list(adapter.updates)
+
+
+def _second_names(adapter: AttachedAdapter, outline: LoadedModel, files: BaseFiles, where: str) -> set[str]:
+    """Paths of tables that the files hold under another name: a head that is the embedding is there once, seldom twice.
+
+    Raises:
+        BadInput: the base has one table for both, and the adapter does not replace both with one.
+    """
+    tables = outline.tables()
+    if len({id(table.own) for table in tables.values()}) == len(tables) or not tables.keys() & adapter.updates.keys():
+        return set()
+    updates: list[Any] = [adapter.updates.get(path) for path in tables]
+    if None in updates or len({id(update.tensors()[0]) for update in updates}) > 1:
+        raise BadInput(
+            "it changes embedding and output head in different ways, and this base has one table for both",
+            where=where,
+            hint="Use the adapter beside its base, as chat does",
+        )
+    held = {name.removesuffix(".weight").rsplit(".", 1)[-1] for name in files.tensors}
+    embedding = outline.model.get_input_embeddings()
+    return {
+        path for path, table in tables.items() if table.module is not embedding and path.rsplit(".", 1)[-1] not in held
+    }
 
 
 class MergedWeights:
@@ -131,6 +150,7 @@ class MergedWeights:
                     change.update.merge_into(change.parameter, part, slice(start, start + len(part)))
             start += len(part)
             yield _rounded(part, wanted, name)
+        trim_heap()
 
     def _is_copy(self, name: str) -> bool:
         return name not in self._changes and name not in self._trained

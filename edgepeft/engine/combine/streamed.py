@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from edgepeft.engine.combine.outline import CPU, Values
+from edgepeft.engine.heap import trim_heap
 from edgepeft.engine.model.checkpoint import open_checkpoint
 from edgepeft.engine.model.frozen import Workspace
 from edgepeft.engine.model.linear import AdaptedLinear
@@ -48,7 +49,10 @@ class StreamedWeight:
 
     def materialize(self, out: Tensor) -> Tensor:
         """Writes the values into `out`."""
-        return out.copy_(self._values())
+        out.copy_(self._values())
+        # Whoever asks for one matrix after the other would leave holes that the next does not fit into.
+        trim_heap()
+        return out
 
     def prefetch(self) -> None:
         """Nothing: it is read when it is needed."""

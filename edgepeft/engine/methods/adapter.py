@@ -15,7 +15,7 @@ from edgepeft.library.card import ChangedParameter
 from edgepeft.library.peft_config import PEFT_PREFIX
 from edgepeft.methods import MethodConfig
 
-_PART_ENTRIES = 1 << 22
+_PART_ENTRIES = 1 << 20
 
 
 class Update(Protocol):

@@ -11,6 +11,7 @@ A strength t lies between base and trained adapter in both respects: lengths `|W
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -124,7 +125,7 @@ class DoraUpdate(LinearUpdate):
     def merge_into(self, parameter: str, values: Tensor, rows: slice) -> None:
         """Rows of W + s B A, each brought to its length m; see `Mergeable`."""
         self._lora.merge_into(parameter, values, rows)
-        lengths = torch.linalg.vecdot(values, values).clamp_(min=_LEAST_SQUARE).sqrt_()
+        lengths = torch.linalg.vector_norm(values, dim=1).clamp_(min=math.sqrt(_LEAST_SQUARE))
         values.mul_((self.magnitude.detach()[rows] / lengths).unsqueeze(1))
 
     @property
