@@ -16,6 +16,7 @@ from edgepeft.library.peft_config import PEFT_PREFIX
 from edgepeft.methods import MethodConfig
 
 _PART_ENTRIES = 1 << 20
+"""Of a tensor that are looked at together."""
 
 
 class Update(Protocol):
