@@ -13,6 +13,7 @@ from edgepeft.cli.output import console as out
 
 if TYPE_CHECKING:
     from edgepeft.library.card import Card
+    from edgepeft.library.lora_file import LoraFile
     from edgepeft.library.store import AdapterFolder
 
 app = typer.Typer(
@@ -46,7 +47,7 @@ def list_(as_json: JsonFlag = False) -> None:
     if not adapters:
         line(
             "The library is empty. Train an adapter with edgepeft train MODEL DATA --name N, "
-            "or take one over with edgepeft adapters import FOLDER --name N."
+            "or take one over with edgepeft adapters import PATH --name N."
         )
         return
     grid = table("adapter", "base", "method", "precision", "eval loss", "size", "made", right=("eval loss", "size"))
@@ -73,7 +74,8 @@ def show(
     as_json: JsonFlag = False,
 ) -> None:
     """Show what an adapter is: its base, recipe, results, and every parameter it changes."""
-    from edgepeft.library.store import read_audit, resolve_adapter
+    from edgepeft.library.audit import read_audit
+    from edgepeft.library.store import resolve_adapter
     from edgepeft.models.headers import read_header
 
     adapter = resolve_adapter(reference)
@@ -118,25 +120,73 @@ def show(
 
 @app.command("import")
 def import_(
-    folder: Annotated[Path, typer.Argument(help="A folder that PEFT or edgepeft saved an adapter into.")],
+    path: Annotated[
+        Path,
+        typer.Argument(help="A folder that PEFT, edgepeft or mlx-lm saved, or a LoRA's .safetensors or .gguf file."),
+    ],
     name: Annotated[str, typer.Option("--name", help="Name in the library.")],
     base: Annotated[
-        str | None, typer.Option("--base", help="Check it against this base model first.", show_default=False)
+        str | None,
+        typer.Option(
+            "--base", help="The base model it belongs to: needed for a file, checked for a folder.", show_default=False
+        ),
+    ] = None,
+    alpha: Annotated[
+        float | None,
+        typer.Option("--alpha", help="Alpha of a LoRA whose file does not say it.", show_default=False),
     ] = None,
     as_json: JsonFlag = False,
 ) -> None:
-    """Copy a PEFT folder into the library as the next version of NAME."""
-    from edgepeft.library.store import check_base, import_adapter, open_adapter, resolve_adapter
-    from edgepeft.models.store import find_model
+    """Copy an adapter into the library as the next version of NAME; a LoRA file becomes a folder of PEFT's format."""
+    from edgepeft.errors import UsageError
+    from edgepeft.library.lora_file import find_lora_file
+    from edgepeft.library.store import resolve_adapter
 
-    warnings = check_base(open_adapter(folder.expanduser()), find_model(base)) if base else []
-    reference = import_adapter(folder.expanduser(), name)
+    file = find_lora_file(path)
+    if file is None:
+        if alpha is not None:
+            raise UsageError("the adapter's own config says its alpha", where="--alpha", hint="Leave the option out")
+        reference, warnings = _import_folder(path.expanduser(), name, base)
+        adapter = resolve_adapter(reference)
+    else:
+        adapter, warnings = _import_file(file, name, base, alpha)
     if as_json:
-        print_json({**_summary(resolve_adapter(reference)), "warnings": warnings})
+        print_json({**_summary(adapter), "warnings": warnings})
         return
     for warning in warnings:
         note(f"Warning: {warning}", "yellow")
-    line(f"Imported as {reference}")
+    line(f"Imported as {adapter.reference}")
+
+
+def _import_folder(path: Path, name: str, base: str | None) -> tuple[str, list[str]]:
+    from edgepeft.library.store import check_base, import_adapter, open_adapter
+    from edgepeft.models.store import find_model
+
+    folder = path if path.is_dir() else path.parent
+    warnings = check_base(open_adapter(folder), find_model(base)) if base else []
+    return import_adapter(folder, name), warnings
+
+
+def _import_file(file: LoraFile, name: str, base: str | None, alpha: float | None) -> tuple[AdapterFolder, list[str]]:
+    import math
+
+    from edgepeft.cli.worker_progress import timed_progress
+    from edgepeft.errors import UsageError
+    from edgepeft.library.import_client import UNVERIFIED, import_lora
+    from edgepeft.models.store import find_model
+
+    if base is None:
+        raise UsageError(
+            "the file does not say which base model it belongs to",
+            where=file.path,
+            hint="Add --base MODEL; see: edgepeft models list",
+        )
+    if alpha is not None and not (math.isfinite(alpha) and alpha > 0):
+        raise UsageError(f"an alpha of {alpha:g} is not possible", where="--alpha", hint="Give a number above 0")
+    entry = find_model(base)
+    with timed_progress() as progress:
+        adapter, made = import_lora(file, name, entry, alpha, progress)
+    return adapter, [f"{adapter.reference}: {UNVERIFIED.format(base=entry.name)}", *made.notes]
 
 
 @app.command("rollback")
@@ -198,6 +248,7 @@ def _summary(adapter: AdapterFolder) -> dict[str, Any]:
         "base_fingerprint": card.base_fingerprint if card else None,
         "precision": card.precision if card else None,
         "combined": card.combined if card else None,
+        "imported": card.imported if card else None,
         "created": card.created if card else None,
         "metrics": card.metrics if card else {},
     }
@@ -219,6 +270,7 @@ def _card_lines(card: Card) -> list[tuple[str, str]]:
     lines = [
         *(combine.combination_lines(card, card.combined) if card.combined else []),
         *_recipe_lines(card),
+        *_origin_lines(card),
         ("trainable", f"{format_count(card.trainable_parameters)} parameters{share}"),
         *_lineage_lines(card),
     ]
@@ -245,6 +297,17 @@ def _card_lines(card: Card) -> list[tuple[str, str]]:
     lines.append(("versions", ", ".join(f"{name} {version}" for name, version in card.versions.items())))
     lines += [("note", text) for text in card.notes]
     return lines
+
+
+def _origin_lines(card: Card) -> list[tuple[str, str]]:
+    origin = card.imported
+    if origin is None:
+        return []
+    return [
+        ("imported", f"{card.created}, from {origin.path}"),
+        ("file", f"{origin.format}, {origin.sha256}"),
+        ("alpha", f"from {origin.alpha_from}"),
+    ]
 
 
 def _recipe_lines(card: Card) -> list[tuple[str, str]]:

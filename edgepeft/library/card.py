@@ -78,22 +78,34 @@ class Combination(msgspec.Struct, frozen=True):
         return f"{' + '.join(terms)}, {self.how}"
 
 
-class Card(msgspec.Struct, frozen=True):
-    """The record kept beside an adapter's weights: of one that was trained, or of one that was combined from others.
+class Origin(msgspec.Struct, frozen=True):
+    """The file that an adapter was imported from, which said neither its base nor how it was trained."""
 
-    The latter has `combined`, and neither recipe nor layout nor run.
+    path: str
+    """Absolute path of the file."""
+    sha256: str
+    """`sha256:…` of the file."""
+    format: Literal["safetensors", "gguf"]
+    alpha_from: str
+    """Where alpha was taken from, as a clause."""
+
+
+class Card(msgspec.Struct, frozen=True):
+    """The record kept beside an adapter's weights: of one that was trained, combined from others, or imported.
+
+    One that was combined has `combined`, one that was imported `imported`, and neither has recipe, layout or run.
     """
 
     name: str
     version: int
     base: str
-    """Name of the base model where it was trained."""
+    """Name of the base model where it was trained, or imported."""
     base_fingerprint: str
     """`sha256:…` over the base's source weights; empty where no part of a combination tells it."""
     recipe: Recipe | None
-    """None for a combination."""
+    """None for one that was not trained here."""
     layout: Layout | None
-    """The layout at the end of the run; None for a combination."""
+    """The layout at the end of the run; None for one that was not trained here."""
     parameters: tuple[ChangedParameter, ...]
     trainable_parameters: int
     trainable_share: float | None
@@ -101,11 +113,11 @@ class Card(msgspec.Struct, frozen=True):
     versions: dict[str, str]
     """Package → version when it was made."""
     template: TemplateRecord | None
-    """None for plain-text training, and where the parts of a combination differ."""
+    """None for plain-text training, where the parts of a combination differ, and where a file did not tell it."""
     created: str
     """ISO 8601, UTC."""
     run: str
-    """Id of the run that made it; empty for a combination."""
+    """Id of the run that made it; empty for one that was not trained here."""
     steps: int
     """Optimizer steps that made these weights; the run may have made more, see `last_step` of the metrics."""
     metrics: dict[str, float] = {}
@@ -115,7 +127,9 @@ class Card(msgspec.Struct, frozen=True):
     """`NAME@vK` that training started from."""
     notes: tuple[str, ...] = ()
     combined: Combination | None = None
-    """How it was made from other adapters; None for one that was trained."""
+    """How it was made from other adapters; None for one that was not."""
+    imported: Origin | None = None
+    """What it was imported from; None for one that was not, or that came as PEFT's folder."""
 
     @property
     def precision(self) -> Precision | None:

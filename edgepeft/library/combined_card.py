@@ -19,13 +19,14 @@ from edgepeft.spec import Precision
 _LAYER = re.compile(r"(?:^|\.)layers\.\d+\.(?P<linear>.+)$")
 _DATE_FORMS = ("%d", "%m", "%b", "%B", "%y", "%Y", "%a", "%A", "%j")
 _Value = TypeVar("_Value")
+_Number = TypeVar("_Number", int, float)
 
 
 def adapter_config(plan: Plan, ranks: Mapping[str, int]) -> dict[str, Any]:
     """adapter_config.json of a plain LoRA whose every update has the scale 1: alpha is the rank, module by module."""
     count = Counter(ranks.values())
     rank = max(count, key=lambda value: (count[value], value))
-    pattern = rank_pattern(ranks, rank)
+    pattern = pattern_of(ranks, rank)
     first = plan.parts[0].adapter.config
     return plain_lora_config(
         plan.base or first.get("base_model_name_or_path"),
@@ -39,17 +40,17 @@ def adapter_config(plan: Plan, ranks: Mapping[str, int]) -> dict[str, Any]:
     )
 
 
-def rank_pattern(ranks: Mapping[str, int], usual: int) -> dict[str, int]:
-    """PEFT's rank_pattern for ranks by module path: one line a kind of linear where all its layers agree."""
-    kinds: dict[str, set[int]] = {}
-    for path, rank in ranks.items():
-        kinds.setdefault(_kind(path), set()).add(rank)
+def pattern_of(values: Mapping[str, _Number], usual: _Number) -> dict[str, _Number]:
+    """PEFT's rank_pattern or alpha_pattern for values by module path: one line a kind of linear whose layers agree."""
+    kinds: dict[str, set[_Number]] = {}
+    for path, value in values.items():
+        kinds.setdefault(_kind(path), set()).add(value)
     short = {kind: found.pop() for kind, found in kinds.items() if len(found) == 1}
-    pattern = {_kind(path) if _kind(path) in short else path: rank for path, rank in ranks.items() if rank != usual}
-    if all(value_by_pattern(pattern, path, usual) == rank for path, rank in ranks.items()):
+    pattern = {_kind(path) if _kind(path) in short else path: value for path, value in values.items() if value != usual}
+    if all(value_by_pattern(pattern, path, usual) == value for path, value in values.items()):
         return pattern
     # The ending of one tower's linear is also that of another's.
-    return {path: rank for path, rank in ranks.items() if rank != usual}
+    return {path: value for path, value in values.items() if value != usual}
 
 
 def combined_card(

@@ -87,11 +87,11 @@ def check_supported(settings: Mapping[str, Any], where: str) -> None:
 def plain_lora_config(
     base_name: Any,
     rank: int,
-    alpha: int,
+    alpha: float,
     targets: list[str],
     *,
-    rank_pattern: Mapping[str, int] = MappingProxyType({}),
-    alpha_pattern: Mapping[str, int] = MappingProxyType({}),
+    rank_pattern: Mapping[str, float] = MappingProxyType({}),
+    alpha_pattern: Mapping[str, float] = MappingProxyType({}),
     task_type: str = "CAUSAL_LM",
     fan_in_fan_out: bool = False,
 ) -> dict[str, Any]:

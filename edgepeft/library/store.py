@@ -11,13 +11,13 @@ import os
 import re
 import shutil
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
 from edgepeft.errors import BadInput, EdgepeftError, UsageError
+from edgepeft.library.audit import read_audit, write_audit
 from edgepeft.library.card import CARD_FILE, Card
 from edgepeft.library.peft_config import OWN_PREFIX, check_supported
 from edgepeft.library.tensors import dimensions_differ, shape_mismatch
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
-AUDIT_FILE = "audit.jsonl"
 _VERSION = re.compile(r"v([1-9]\d{0,8})")
 _REFERENCE = re.compile(r"([a-z0-9][a-z0-9._-]{0,63})(?:@v?([1-9]\d{0,8}))?")
 
@@ -65,18 +64,6 @@ class AdapterFolder(msgspec.Struct, frozen=True):
         return self.path / WEIGHTS_FILE
 
 
-class AuditLine(msgspec.Struct, frozen=True):
-    """One line of audit.jsonl."""
-
-    time: str
-    """ISO 8601, UTC."""
-    user: str
-    action: str
-    """published, composed, averaged, imported, rolled back or removed."""
-    version: int
-    detail: str = ""
-
-
 class BrokenVersion(msgspec.Struct, frozen=True):
     """A version folder that cannot be used."""
 
@@ -103,6 +90,12 @@ def resolve_adapter(reference: str) -> AdapterFolder:
     folder = Path(reference).expanduser()
     if folder.is_dir():
         return _open_outside(folder)
+    if folder.is_file():
+        raise BadInput(
+            "is a file, and an adapter is a name or a folder",
+            where=reference,
+            hint=f"Import it first: {_import_command(folder)}",
+        )
     names = sorted({adapter.name for adapter in list_adapters() if adapter.name})
     known = f"Known: {', '.join(names)}; or give a folder" if names else "The library is empty; give a folder"
     raise BadInput(f"no adapter is called {reference!r}", where="adapter", hint=known)
@@ -142,14 +135,19 @@ def open_adapter(folder: Path, name: str | None = None, version: int | None = No
         raise BadInput(
             f"has no {CONFIG_FILE}",
             where=str(folder),
-            hint="Give the folder that PEFT or edgepeft saved the adapter into",
+            hint="Give the folder that PEFT or edgepeft saved the adapter into"
+            + (f", or import it first: {_import_command(folder)}" if any(folder.glob("*.safetensors")) else ""),
         ) from None
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadInput(
             f"cannot be read: {error}", where=str(config_file), hint="Copy it again from its source"
         ) from error
     if not isinstance(config, dict) or not isinstance(config.get("peft_type"), str):
-        raise BadInput("does not name a peft_type", where=str(config_file), hint="Give a folder that PEFT saved")
+        raise BadInput(
+            "does not name a peft_type",
+            where=str(config_file),
+            hint=f"Give a folder that PEFT saved, or import it first: {_import_command(folder)}",
+        )
     if not (folder / WEIGHTS_FILE).is_file():
         if (folder / "adapter_model.bin").exists():
             raise BadInput(
@@ -233,6 +231,8 @@ def publish(folder: Path, name: str, card: Card) -> str:
     check_same_base(name, card.base_fingerprint)
     if card.combined is not None:
         return _add(open_adapter(folder), name, card, card.combined.command, card.combined.formula)
+    if card.imported is not None:
+        return _add(open_adapter(folder), name, card, "imported", card.imported.path)
     return _add(open_adapter(folder), name, card, "published", card.run)
 
 
@@ -352,7 +352,7 @@ def remove(name: str, version: int | None = None) -> list[str]:
             # After the rename no reader finds a half-deleted version.
             shutil.rmtree(doomed, ignore_errors=True)
             (folder / f"v{number}").rename(doomed)
-            _audit(name, "removed", number)
+            write_audit(name, "removed", number)
             shutil.rmtree(doomed)
     return [f"{name}@v{number}" for number in chosen]
 
@@ -389,18 +389,6 @@ def check_base(adapter: AdapterFolder, entry: ModelEntry) -> list[str]:
         f"{adapter.reference} has {lacks}: its tensors have the sizes of {entry.name}, "
         f"but that it was trained on these weights is unverified (its config says {claimed})"
     ]
-
-
-def read_audit(name: str) -> list[AuditLine]:
-    """What happened to `name`, oldest first; undecodable lines are skipped."""
-    path = home().adapters / name / AUDIT_FILE
-    lines: list[AuditLine] = []
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
-        try:
-            lines.append(msgspec.json.decode(line, type=AuditLine))
-        except msgspec.DecodeError:
-            continue
-    return lines
 
 
 def weights_digest(adapter: AdapterFolder) -> str:
@@ -446,28 +434,10 @@ def _add(adapter: AdapterFolder, name: str, card: Card | None, action: str, deta
                         raise
                     version += 1
             sync_folder(parent)
-            _audit(name, action, version, detail)
+            write_audit(name, action, version, detail)
         finally:
             shutil.rmtree(building, ignore_errors=True)
     return f"{name}@v{version}"
-
-
-def _audit(name: str, action: str, version: int, detail: str = "") -> None:
-    entry = AuditLine(datetime.now(UTC).isoformat(timespec="seconds"), _user(), action, version, detail)
-    path = home().adapters / name / AUDIT_FILE
-    with path.open("ab") as file:
-        file.write(msgspec.json.encode(entry) + b"\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _user() -> str:
-    import getpass
-
-    try:
-        return getpass.getuser()
-    except (OSError, KeyError, ImportError):
-        return "unknown"
 
 
 def _versions(name: str) -> list[int]:
@@ -485,6 +455,10 @@ def _open_outside(folder: Path) -> AdapterFolder:
     if version and path.parent.parent == home().adapters:
         return open_adapter(path, path.parent.name, int(version.group(1)))
     return open_adapter(path)
+
+
+def _import_command(path: Path) -> str:
+    return f"edgepeft adapters import {path} --name NAME --base MODEL"
 
 
 def _short(fingerprint: str) -> str:

@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 from adapter_files import dense_updates, make_card, write_lora, write_peft_folder
 from edgepeft.cli.app import app
 from edgepeft.errors import BadInput, ExitCode
-from edgepeft.library.store import publish, read_audit, resolve_adapter
+from edgepeft.library.audit import read_audit
+from edgepeft.library.store import publish, resolve_adapter
 from edgepeft.models.store import add_model
 
 

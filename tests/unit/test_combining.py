@@ -16,14 +16,15 @@ from adapter_files import make_card, write_lora, write_peft_folder
 from edgepeft.chat.setup import choose_prompting, choose_setup, parse_adapter
 from edgepeft.cli.app import app
 from edgepeft.errors import BadInput, EdgepeftError
+from edgepeft.library.audit import read_audit
 from edgepeft.library.card import Card, Combination, CombinedPart, TemplateRecord
 from edgepeft.library.combine_parts import averaged_parts, weighted_parts
-from edgepeft.library.combined_card import adapter_config, combined_card, rank_pattern
+from edgepeft.library.combined_card import adapter_config, combined_card, pattern_of
 from edgepeft.library.combining import Combined, Plan, plan_combination
 from edgepeft.library.lora_pairs import join_paths, read_lora_pairs
 from edgepeft.library.parent import lineage
 from edgepeft.library.peft_config import value_by_pattern
-from edgepeft.library.store import open_adapter, publish, read_audit, resolve_adapter
+from edgepeft.library.store import open_adapter, publish, resolve_adapter
 from edgepeft.models.headers import read_header
 from edgepeft.models.store import ModelEntry, add_model
 
@@ -232,11 +233,11 @@ def test_ranks_are_written_as_peft_reads_them() -> None:
         for n in (1, 11)
         for x in ("self_attn.q_proj", "mlp.up_proj")
     }
-    assert rank_pattern(ranks, 8) == {"self_attn.q_proj": 24}
+    assert pattern_of(ranks, 8) == {"self_attn.q_proj": 24}
     uneven = ranks | {"model.layers.1.mlp.up_proj": 12}
     towers = ranks | {"vision.layers.1.cross.self_attn.q_proj": 8}
     for wanted in (uneven, towers):
-        pattern = rank_pattern(wanted, 8)
+        pattern = pattern_of(wanted, 8)
         assert {path: value_by_pattern(pattern, path, 8) for path in wanted} == wanted
 
 

@@ -12,6 +12,7 @@ import pytest
 from adapter_files import make_card, write_peft_folder
 from edgepeft.errors import BadInput, UsageError
 from edgepeft.library import store
+from edgepeft.library.audit import read_audit
 from edgepeft.library.store import (
     check_base,
     import_adapter,
@@ -19,7 +20,6 @@ from edgepeft.library.store import (
     next_version,
     open_adapter,
     publish,
-    read_audit,
     removable,
     remove,
     resolve_adapter,

@@ -91,6 +91,13 @@ class TensorNames:
             return rows
         return rows.reshape(heads, 2, rows.shape[0] // heads // 2, -1).transpose(1, 2).reshape(rows.shape)
 
+    def restore_rows(self, module: str, rows: Tensor) -> Tensor:
+        """Rows [out, …] in transformers' order: the inverse of `reorder_rows`."""
+        heads = self.heads_to_interleave(module)
+        if heads is None:
+            return rows
+        return rows.reshape(heads, rows.shape[0] // heads // 2, 2, -1).transpose(1, 2).reshape(rows.shape)
+
     def heads_to_interleave(self, module: str) -> int | None:
         """How many heads the rows of a linear are; None where they keep their order."""
         if not self.layout.interleaved:
