@@ -16,6 +16,7 @@ from typing import Self
 
 from edgepeft.chat.connection import Connection, as_error, worker_arguments
 from edgepeft.chat.protocol import (
+    Activate,
     AdapterUse,
     Answer,
     Done,
@@ -162,6 +163,18 @@ class SyncInference:
             if not ended:
                 self._connection.cancel(request.id)
 
+    def activate(self, adapters: Sequence[AdapterUse]) -> None:
+        """Reads adapters before they are asked with; what was active stays so when that fails.
+
+        Raises:
+            EdgepeftError: one cannot be read, belongs to another base, or does not fit into the budget.
+        """
+        request = Activate(id=next(self._ids), adapters=list(adapters))
+        self._connection.send(request)
+        for reply in self._replies_to(request.id):
+            if isinstance(reply, Done):
+                return
+
     def score_loss(
         self, samples: Sequence[tuple[Sequence[int], Sequence[bool]]], adapters: Sequence[AdapterUse] = ()
     ) -> LossScored:
@@ -268,6 +281,16 @@ class InferenceClient:
         async for reply in self._serve(request, Done):
             if isinstance(reply, Answer):
                 yield reply
+
+    async def activate(self, adapters: Sequence[AdapterUse]) -> None:
+        """Reads adapters before they are asked with; what was active stays so when that fails.
+
+        Raises:
+            EdgepeftError: one cannot be read, belongs to another base, or does not fit into the budget.
+        """
+        request = Activate(id=next(self._ids), adapters=list(adapters))
+        async for _ in self._serve(request, Done):
+            pass
 
     async def score_loss(
         self, samples: Sequence[tuple[Sequence[int], Sequence[bool]]], adapters: Sequence[AdapterUse] = ()

@@ -89,6 +89,12 @@ class ScoreLoss(_Request, frozen=True, tag="score_loss"):
     adapters: list[AdapterUse] = []
 
 
+class Activate(_Request, frozen=True, tag="activate"):
+    """Read these adapters and make them active, as later requests with the same ones will find them."""
+
+    adapters: list[AdapterUse] = []
+
+
 class Cancel(_Request, frozen=True, tag="cancel"):
     """Stop the answer with this id."""
 
@@ -97,7 +103,7 @@ class Quit(_Request, frozen=True, tag="quit"):
     """End the process."""
 
 
-Request = Generate | GenerateBatch | ScoreLoss | Cancel | Quit
+Request = Generate | GenerateBatch | ScoreLoss | Activate | Cancel | Quit
 
 
 class _Reply(msgspec.Struct, frozen=True, tag_field="type", kw_only=True):
@@ -154,7 +160,7 @@ class LossScored(_Reply, frozen=True, tag="loss"):
 
 
 class Done(_Reply, frozen=True, tag="done"):
-    """Every answer of a batch was sent."""
+    """Every answer of a batch was sent, or the adapters are active."""
 
 
 class Trouble(_Reply, frozen=True, tag="trouble"):

@@ -64,6 +64,14 @@ def chat(
         ),
     ] = None,
     gpu: Annotated[str | None, typer.Option("--gpu", help="Card by UUID or index, or cpu.", show_default=False)] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            "--budget",
+            help="Memory for the base, its adapters and the conversation, such as 6GiB.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: JsonFlag = False,
 ) -> None:
     """Chat with a base model and its adapters; /help lists the commands."""
@@ -75,6 +83,7 @@ def chat(
     from edgepeft.cli.output import interactive, note
     from edgepeft.cli.worker_progress import loading_status, start_inference
     from edgepeft.errors import UsageError
+    from edgepeft.units import parse_bytes
 
     given: dict[str, Any] = {
         "temperature": temperature,
@@ -85,6 +94,7 @@ def chat(
         "max_new_tokens": max_new_tokens,
         "seed": seed,
     }
+    budget_bytes = None if budget is None else parse_bytes(budget, where="--budget")
     typed = {name: value for name, value in given.items() if value is not None}
     check_sampling(Sampling(**typed))
     if prompt == "-" or (prompt is None and not sys.stdin.isatty()):
@@ -99,7 +109,7 @@ def chat(
     sampling = msgspec.structs.replace(sampling_defaults(Path(setup.entry.folder)), **typed)
     for warning in (*setup.warnings, *prompting.warnings):
         note(f"Warning: {warning}", "yellow")
-    with start_inference(setup) as inference:
+    with start_inference(setup, budget_bytes) as inference:
         if prompt is not None:
             _answer_once(inference, setup, prompting, prompt, system, sampling, as_json)
         else:

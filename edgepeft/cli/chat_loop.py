@@ -176,6 +176,8 @@ class ChatLoop:
         chosen = () if rest == "off" else tuple(parse_adapter(text) for text in rest.split())
         warnings = entry_warnings(self._setup.entry, chosen)
         prompting = choose_prompting(self._setup.entry, chosen, self._template, fall_back=True)
+        # Refused before anything is changed here.
+        self._inference.activate([one.use for one in chosen])
         for warning in (*warnings, *precision_warnings(self._setup.precision, chosen), *prompting.warnings):
             line(f"Warning: {warning}", "yellow")
         self._adapters, self._prompting = chosen, prompting

@@ -33,12 +33,24 @@ def loading_status() -> Iterator[Callable[[str, float | None], None]]:
         yield tell
 
 
-def start_inference(setup: Setup) -> SyncInference:
-    """Starts the process for a setup, with the load's progress and what it warns of on stderr."""
+def start_inference(setup: Setup, budget_bytes: int | None = None) -> SyncInference:
+    """Starts the process for a setup, with the load's progress and what it warns of on stderr.
+
+    Args:
+        setup: base, precision and device.
+        budget_bytes: bound for the base, its adapters and a conversation; None for no bound.
+    """
     from edgepeft.chat.client import SyncInference
 
     with loading_status() as progress:
-        client = SyncInference.start(setup.entry, setup.precision, setup.compute_dtype, setup.device, progress=progress)
+        client = SyncInference.start(
+            setup.entry,
+            setup.precision,
+            setup.compute_dtype,
+            setup.device,
+            budget_bytes=budget_bytes,
+            progress=progress,
+        )
     for warning in client.ready.warnings if client.ready else ():
         note(f"Note: {warning}.")
     return client

@@ -10,6 +10,7 @@ from typing import BinaryIO
 import msgspec
 
 from edgepeft.chat.protocol import (
+    Activate,
     Answer,
     Cancel,
     Done,
@@ -121,6 +122,9 @@ def _answer(wire: Wire, session: Session, request: Request) -> None:
             send_answer,
             cancelled,
         )
+        wire.send(Done(id=request.id))
+    elif isinstance(request, Activate):
+        session.activate(request.adapters)
         wire.send(Done(id=request.id))
     elif isinstance(request, ScoreLoss):
         session.activate(request.adapters)

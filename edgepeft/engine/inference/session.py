@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -13,17 +11,14 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from edgepeft.chat.protocol import AdapterUse
-from edgepeft.engine.methods import detach, set_active
-from edgepeft.engine.methods.files import read_adapter
+from edgepeft.engine.inference.residents import Residents
+from edgepeft.engine.methods import set_active
 from edgepeft.engine.model.frozen import DTYPES
 from edgepeft.engine.model.load import LoadedModel
 from edgepeft.engine.training.loss import Head, head_of, summed_loss
 from edgepeft.engine.training.own_head import OwnHead, find_own_head
 from edgepeft.errors import BadInput, DoesNotFit
 from edgepeft.units import format_bytes
-
-_KEPT_ADAPTERS = 8
-_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 AdapterKey = tuple[tuple[str, float], ...]
 
@@ -44,7 +39,7 @@ class Session:
 
     Args:
         loaded: the base.
-        budget_bytes: bound for the base and the key-value cache together; None for no bound.
+        budget_bytes: bound for the base, the adapters and the key-value cache together; None for no bound.
     """
 
     def __init__(self, loaded: LoadedModel, budget_bytes: int | None = None) -> None:
@@ -52,9 +47,8 @@ class Session:
         self.prefix: KeptPrefix | None = None
         self.live_bytes = sum(loaded.bytes_by_category().values())
         self._budget_bytes = budget_bytes
-        self._adapters: OrderedDict[str, tuple[str, str]] = OrderedDict()
-        """Folder → (what its files looked like when they were read, name inside the model)."""
-        self._count = 0
+        free_bytes = None if budget_bytes is None else budget_bytes - self.live_bytes
+        self._residents = Residents(loaded, free_bytes, self.cache_token_bytes)
         self.active: AdapterKey = ()
         self._head = self._head_in_force()
         self._own_head = self._find_own_head()
@@ -85,7 +79,8 @@ class Session:
         limit, leading = self.context_length, self.loaded.leading_tokens
         if self._budget_bytes is None:
             return limit
-        return min(limit, (self._budget_bytes - self.live_bytes) // (self.cache_token_bytes * rows) - leading)
+        free_bytes = self._budget_bytes - self.live_bytes - self._residents.held_bytes
+        return min(limit, free_bytes // (self.cache_token_bytes * rows) - leading)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Next-token logits [B, V] of hidden states after the final norm, [B, H], contiguous.
@@ -139,18 +134,19 @@ class Session:
 
         Raises:
             BadInput: a folder is missing, or its tensors do not belong to this base.
+            DoesNotFit: the adapters do not fit into the budget; those that were active before stay so.
         """
         scales: dict[str, float] = {}
         for use in uses:
-            name = self._read(use.folder)
-            scales[name] = scales.get(name, 0.0) + use.scale
-        wanted = list(scales.items())
+            scales[use.folder] = scales.get(use.folder, 0.0) + use.scale
+        # What is kept of a conversation means nothing under other adapters.
+        wanted = list(self._residents.take(scales, self._forget_prefix).items())
         set_active(self.loaded, wanted)
         self._head = self._head_in_force()
         self.active = tuple(wanted)
-        while len(self._adapters) > max(_KEPT_ADAPTERS, len(wanted)):
-            _, (_, name) = self._adapters.popitem(last=False)
-            detach(self.loaded, name)
+
+    def _forget_prefix(self) -> None:
+        self.prefix = None
 
     def take_prefix(self, ids: list[int]) -> KeptPrefix:
         """The kept keys and values that fit the beginning of `ids`, or empty ones; never all of `ids`.
@@ -173,26 +169,6 @@ class Session:
         """Keeps the keys and values of a finished turn for the next one."""
         self.prefix = prefix
 
-    def _read(self, folder: str) -> str:
-        state = _state_of(Path(folder))
-        known = self._adapters.pop(folder, None)
-        if known is not None and known[0] != state:
-            set_active(self.loaded, [])
-            detach(self.loaded, known[1])
-            known = None
-        if known is None:
-            self._count += 1
-            name = f"adapter-{self._count}"
-            adapter = read_adapter(Path(folder), self.loaded, name)
-            for parameter in adapter.named_parameters().values():
-                parameter.requires_grad_(False)
-                if parameter.dim() > 1 and min(parameter.shape) > 1:
-                    # Products would cast a matrix at every token; nothing is trained here.
-                    parameter.data = parameter.data.to(DTYPES[self.loaded.compute_dtype])
-            known = (state, name)
-        self._adapters[folder] = known
-        return known[1]
-
 
 def shared_length(first: Sequence[int], second: Sequence[int]) -> int:
     """How many tokens two sequences have in common at their beginning."""
@@ -202,15 +178,3 @@ def shared_length(first: Sequence[int], second: Sequence[int]) -> int:
             break
         length += 1
     return length
-
-
-def _state_of(folder: Path) -> str:
-    try:
-        states = [(folder / name).stat() for name in _FILES]
-    except OSError as error:
-        raise BadInput(
-            f"is not a readable adapter folder: {error.strerror}",
-            where=str(folder),
-            hint="See: edgepeft adapters list",
-        ) from error
-    return " ".join(f"{state.st_mtime_ns}-{state.st_size}-{state.st_ino}" for state in states)

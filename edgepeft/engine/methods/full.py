@@ -64,10 +64,11 @@ class LinearCopy(LinearUpdate):
     def replace(self, weight: FrozenWeight, bias: Tensor | None, scale: float) -> tuple[FrozenWeight, Tensor | None]:
         """The copies, or what lies between."""
         own = None if self.bias is None else self.bias.detach()
+        copy = DenseWeight(self.weight, self._workspace)
         if scale == 1:
-            return DenseWeight(self.weight, self._workspace), own
+            return copy, own
         mixed = None if own is None or bias is None else torch.lerp(bias.float(), own.float(), scale)
-        return BetweenWeight(weight, self.weight, scale, self._workspace), mixed
+        return BetweenWeight(weight, copy, scale), mixed
 
     def add_forward(self, x: Tensor, y: Tensor, scale: float) -> tuple[Tensor, ...]:
         """Nothing is added."""
@@ -95,7 +96,7 @@ class TableCopy:
     alters = ("weight",)
 
     def __init__(self, table: nn.Parameter, *, named: bool = True) -> None:
-        self._table = table
+        self.table = table
         self._named = named
 
     def merge_into(self, parameter: str, values: Tensor, rows: slice) -> None:
@@ -104,15 +105,11 @@ class TableCopy:
 
     def named_tensors(self) -> dict[str, nn.Parameter]:
         """As the model names it."""
-        return {"weight": self._table} if self._named else {}
+        return {"weight": self.table} if self._named else {}
 
     def tensors(self) -> tuple[Tensor, ...]:
         """The table."""
-        return (self._table,)
-
-    def table_of(self, own: Tensor, scale: float) -> Tensor:
-        """See `TableUpdate`."""
-        return self._table if scale == 1 else torch.lerp(own.float(), self._table.float(), scale)
+        return (self.table,)
 
 
 def build(loaded: LoadedModel, config: FullConfig, seed: int) -> Parts:

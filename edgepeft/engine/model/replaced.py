@@ -1,49 +1,47 @@
-"""A matrix that takes the place of a frozen one in part: what lies between the two, formed for each product."""
+"""A matrix that takes the place of a frozen one in part: what lies between the two, of which only products exist."""
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from edgepeft.engine.model.frozen import FrozenWeight, Workspace
+from edgepeft.engine.model.frozen import FrozenWeight
 from edgepeft.memory.breakdown import Category
 
 
 class BetweenWeight:
-    """W + s (V - W), see `FrozenWeight`; computed in float32, held by nobody.
+    """W + s (V - W), see `FrozenWeight`; each product is made of one with W and one with V, and the sum is not formed.
 
     Args:
         weight: W.
-        other: V, [out, in].
+        other: V.
         share: s.
-        workspace: products go through it.
     """
 
-    def __init__(self, weight: FrozenWeight, other: Tensor, share: float, workspace: Workspace) -> None:
+    def __init__(self, weight: FrozenWeight, other: FrozenWeight, share: float) -> None:
         self.shape = weight.shape
         self.device = weight.device
         self._weight = weight
-        self._other = other.detach()
+        self._other = other
         self._share = share
-        self._workspace = workspace
 
     def matmul(self, x: Tensor) -> Tensor:
         """`x @ W.T`."""
-        return F.linear(x, self._formed())
+        return self._weight.matmul(x).lerp_(self._other.matmul(x), self._share)
 
     def matmul_transposed(self, g: Tensor) -> Tensor:
         """`g @ W`."""
-        return torch.matmul(g, self._formed())
+        return self._weight.matmul_transposed(g).lerp_(self._other.matmul_transposed(g), self._share)
 
     def add_matmul_transposed(self, g: Tensor, out: Tensor) -> None:
         """`out += g @ W`."""
-        out.addmm_(g, self._formed())
+        self._weight.add_matmul_transposed(g * (1 - self._share), out)
+        self._other.add_matmul_transposed(g * self._share, out)
 
     def materialize(self, out: Tensor) -> Tensor:
-        """Writes the values into `out`."""
-        values = self._weight.materialize(torch.empty(self.shape, dtype=torch.float32, device=self.device))
-        return out.copy_(values.lerp_(self._other.float(), self._share))
+        """Writes the values into `out`, formed in float32."""
+        first, second = (torch.empty(self.shape, dtype=torch.float32, device=self.device) for _ in range(2))
+        return out.copy_(self._weight.materialize(first).lerp_(self._other.materialize(second), self._share))
 
     def prefetch(self) -> None:
         """Nothing: both are here."""
@@ -51,6 +49,3 @@ class BetweenWeight:
     def tensors_by_category(self) -> dict[Category, list[Tensor]]:
         """Nothing of its own."""
         return {}
-
-    def _formed(self) -> Tensor:
-        return self.materialize(self._workspace.borrow(self.shape))

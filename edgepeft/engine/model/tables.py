@@ -16,13 +16,16 @@ from torch.autograd.function import once_differentiable
 
 from edgepeft.engine.ledger import assign
 
+_FORMED_ROWS = 1 << 12
+"""Of a table that lies between two, at a time."""
+
 
 class TableUpdate(Protocol):
-    """What one adapter puts in place of a table."""
+    """What one adapter puts in place of a table; at a strength s the table is W + s (V - W)."""
 
-    def table_of(self, own: Tensor, scale: float) -> Tensor:
-        """The table [vocabulary, hidden], float32, from the one before it; at a strength of 1 a trained tensor
-        itself."""
+    @property
+    def table(self) -> Tensor:
+        """V, [vocabulary, hidden]."""
         ...
 
     def tensors(self) -> tuple[Tensor, ...]:
@@ -58,23 +61,55 @@ class AdaptedTable:
         self.active = list(active)
 
     def table(self) -> Tensor:
-        """What is in force: the base's own, or a float32 one."""
+        """What is in force: the base's own, a trained tensor itself, or one that lies between, float32 and formed."""
         table = self.own
         for name, scale in self.active:
-            table = self.adapters[name].table_of(table, scale)
+            other = self.adapters[name].table
+            table = other if scale == 1 else _between(table, other, scale)
         return table
 
     def _run(self, x: Tensor) -> Tensor:
         if not self.active:
             out: Tensor = self._forward(x)
             return out
-        table = self.table()
         if not self._reads_ids:
-            return F.linear(x, table.to(x.dtype), getattr(self.module, "bias", None))
-        rows = _look_up(x, table, self.own.dtype)
+            return self._product(x)
+        rows = self._rows(x)
         # Some models of the Gemma family multiply what they look up.
         factor: Tensor | None = getattr(self.module, "embed_scale", None)
         return rows if factor is None else rows * torch.as_tensor(factor).to(rows.dtype)
+
+    def _rows(self, ids: Tensor) -> Tensor:
+        """Rows [..., hidden] of what is in force, which is not formed for them."""
+        name, scale = self.active[-1]
+        if scale == 1:
+            return _look_up(ids, self.adapters[name].table, self.own.dtype)
+        rows = F.embedding(ids, self.own).float()
+        for name, scale in self.active:
+            rows = torch.lerp(rows, F.embedding(ids, self.adapters[name].table).float(), scale)
+        return rows.to(self.own.dtype)
+
+    def _product(self, x: Tensor) -> Tensor:
+        """x times what is in force, which is not formed for it."""
+        name, scale = self.active[-1]
+        bias: Tensor | None = getattr(self.module, "bias", None)
+        if scale == 1:
+            return F.linear(x, self.adapters[name].table.to(x.dtype), bias)
+        y = F.linear(x, self.own.to(x.dtype))
+        for name, scale in self.active:
+            y = torch.lerp(y, F.linear(x, self.adapters[name].table.to(x.dtype)), scale)
+        return y if bias is None else y + bias
+
+
+def _between(own: Tensor, other: Tensor, scale: float) -> Tensor:
+    """W + s (V - W), float32 [vocabulary, hidden]."""
+    if torch.is_grad_enabled() and other.requires_grad:
+        return torch.lerp(own.float(), other.float(), scale)
+    formed = torch.empty(own.shape, dtype=torch.float32, device=own.device)
+    for start in range(0, own.shape[0], _FORMED_ROWS):
+        rows = slice(start, start + _FORMED_ROWS)
+        torch.lerp(own.detach()[rows].float(), other.detach()[rows].float(), scale, out=formed[rows])
+    return formed
 
 
 def _look_up(ids: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:

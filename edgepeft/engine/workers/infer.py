@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--precision", required=True, choices=["fp32", "bf16", "fp16", "int8", "nf4"])
     parser.add_argument("--compute", required=True, choices=["fp32", "bf16", "fp16"])
     parser.add_argument("--device", default="cpu", help="cpu, or the UUID of the one visible card")
-    parser.add_argument("--budget", type=int, help="bytes for the base and the key-value cache")
+    parser.add_argument("--budget", type=int, help="bytes for the base, the adapters and the key-value cache")
     options = parser.parse_args(arguments)
     # Libraries print to stdout as they like; only the protocol may reach the reader.
     replies = os.fdopen(os.dup(1), "wb")
