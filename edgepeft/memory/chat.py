@@ -21,6 +21,8 @@ from edgepeft.models.shape import ModelShape
 from edgepeft.spec import ComputeDtype, Precision
 
 _INT32 = 4
+_CHECKED = 7
+"""Bytes of an entry while it is seen to be finite."""
 _LENGTHS_OF_ROWS = 3
 """Of DoRA: those that are trained, those of the base and those of both together."""
 
@@ -31,7 +33,8 @@ class AdapterBytes(msgspec.Struct, frozen=True):
     held: int
     """Once it is there: matrices in the compute dtype, the rest in float32."""
     reading: int
-    """While it is read: the file's tensors, and all of them in float32."""
+    """While it is read: the file's tensors, all of them in float32, and what looking for NaN takes in the largest one;
+    without the dense matrix of the base that DoRA and sparse adapters look at, one at a time."""
 
 
 def adapter_bytes(tensors: Iterable[TensorHeader], compute_dtype: ComputeDtype) -> AdapterBytes:
@@ -41,7 +44,7 @@ def adapter_bytes(tensors: Iterable[TensorHeader], compute_dtype: ComputeDtype) 
         tensors: of the file.
         compute_dtype: dtype of products.
     """
-    held = reading = 0
+    held = reading = largest = 0
     for tensor in tensors:
         if tensor.dtype.startswith(("I", "U")):
             # Places of a sparse adapter; where the file has rows and columns, one number of both is held.
@@ -52,8 +55,9 @@ def adapter_bytes(tensors: Iterable[TensorHeader], compute_dtype: ComputeDtype) 
             matrix = len(tensor.shape) > 1 and min(tensor.shape) > 1
             own = ELEMENT_BYTES[compute_dtype] * tensor.entries if matrix else master
         held += own
+        largest = max(largest, tensor.entries)
         reading += tensor.size_bytes + master
-    return AdapterBytes(held, reading)
+    return AdapterBytes(held, reading + _CHECKED * largest)
 
 
 def formed_head_bytes(settings: Mapping[str, Any], scale: float, shape: ModelShape, compute_dtype: ComputeDtype) -> int:

@@ -113,11 +113,11 @@ def test_swapping_reads_a_folder_once_and_again_when_it_changed(
     first = make_adapter(session.loaded, tmp_path / "a", 1)
     second = make_adapter(session.loaded, tmp_path / "b", 2)
     read: list[str] = []
-    from edgepeft.engine.inference import session as session_module
+    from edgepeft.engine.inference import residents
 
-    real = session_module.read_adapter
+    real = residents.read_adapter
     monkeypatch.setattr(
-        session_module, "read_adapter", lambda folder, *rest: (read.append(folder.name), real(folder, *rest))[1]
+        residents, "read_adapter", lambda folder, *rest: (read.append(folder.name), real(folder, *rest))[1]
     )
     answers = []
     for use in (first, second, first):

@@ -17,6 +17,8 @@ from adapter_files import make_card, write_peft_folder
 from edgepeft.chat.client import InferenceClient, SyncInference
 from edgepeft.chat.evaluation import EvaluationProgress, evaluate
 from edgepeft.chat.protocol import AdapterUse, Answer, Sampling, Token
+from edgepeft.chat.setup import choose_prompting, choose_setup, parse_adapter
+from edgepeft.cli.chat_loop import ChatLoop
 from edgepeft.errors import BadInput, DoesNotFit, EdgepeftError
 from edgepeft.library.store import publish
 from edgepeft.models.store import ModelEntry, add_model
@@ -177,6 +179,32 @@ def test_a_base_that_cannot_be_loaded_tells_why(entry: ModelEntry) -> None:
         SyncInference.start(entry, "fp32", "fp32", budget_bytes=1000)
 
 
+def test_an_adapter_that_does_not_fit_leaves_the_chat_as_it_was(
+    inference: SyncInference, entry: ModelEntry, adapter: Path, tmp_path: Path
+) -> None:
+    assert inference.ready is not None
+    budget = inference.ready.live_bytes + 600_000
+    large = write_peft_folder(tmp_path / "large", entry.shape, rank=48)
+    setup = choose_setup("tiny", [parse_adapter(str(adapter))], "fp32", "cpu")
+    with SyncInference.start(entry, "fp32", "fp32", budget_bytes=budget) as client:
+        loop = ChatLoop(
+            client, setup, choose_prompting(entry, setup.adapters, fall_back=True), GREEDY, None, None, styled=False
+        )
+        with_small = answer_of(client, *(chosen.use for chosen in loop._adapters))
+        with pytest.raises(DoesNotFit, match=r"with large .* are needed beside the base"):
+            loop._run_command("adapter", str(large))
+        assert loop._adapters == setup.adapters
+        assert answer_of(client, *(chosen.use for chosen in loop._adapters)) == with_small
+        loop._run_command("adapter", "off")
+        assert loop._adapters == ()
+    options = ("--precision", "fp32", "--gpu", "cpu", "--prompt", "Hi", "--max-new-tokens", "3")
+    refused = edgepeft("chat", "tiny", "-a", str(large), *options, "--budget", f"{budget}B")
+    assert (refused.returncode, refused.stdout) == (4, "")
+    assert "the memory budget leaves" in " ".join(refused.stderr.split())
+    done = edgepeft("chat", "tiny", "-a", str(adapter), *options, "--budget", f"{budget}B")
+    assert done.returncode == 0, done.stderr
+
+
 def test_async_client_streams_and_stops(entry: ModelEntry) -> None:
     async def talk() -> None:
         async with await InferenceClient.start(entry, "fp32", "fp32") as client:
@@ -195,6 +223,7 @@ def test_async_client_streams_and_stops(entry: ModelEntry) -> None:
                 await task
             answers = [answer async for answer in client.generate_batch([PROMPT, PROMPT], [], GREEDY)]
             assert [answer.ids for answer in answers] == [replies[-1].ids] * 2
+            await client.activate([])
             assert (await client.score_loss([(PROMPT, [True] * 5)])).trained_tokens == 4
             client._connection._process.kill()
             with pytest.raises(EdgepeftError):

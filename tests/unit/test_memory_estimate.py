@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import msgspec
 import pytest
 from hypothesis import assume, given
@@ -9,13 +11,14 @@ from hypothesis import strategies as st
 
 from edgepeft.errors import UsageError
 from edgepeft.memory.breakdown import Breakdown
-from edgepeft.memory.chat import estimate_chat, kv_cache_bytes
+from edgepeft.memory.chat import AdapterBytes, adapter_bytes, estimate_chat, formed_head_bytes, kv_cache_bytes
 from edgepeft.memory.estimate import estimate_training
 from edgepeft.memory.target import Target
 from edgepeft.memory.unseen import unseen_bytes
 from edgepeft.memory.weights import base_bytes, matrix_bytes
 from edgepeft.memory.workload import full_workload
 from edgepeft.methods import LoraConfig, count_parameters, method_of
+from edgepeft.models.headers import TensorHeader
 from edgepeft.models.shape import LinearShape
 from edgepeft.units import GIB
 from shapes import LLAMA_8B, SMOLLM2, llama_shape, run_spec
@@ -158,6 +161,43 @@ def test_chat_counts_the_cache():
     )
     assert long - short > 7168 * 131072
     assert estimate_chat(LLAMA_8B, "nf4", "bf16", context_tokens=1024, device_kind="cpu").peak.name == "chat"
+
+
+def test_chat_counts_what_stands_first_and_each_adapter():
+    def chat(**values):
+        settings = {"context_tokens": 1024, "device_kind": "cpu"} | values
+        return estimate_chat(LLAMA_8B, "nf4", "bf16", **settings)
+
+    alone, led = chat(), chat(leading_tokens=100)
+    assert led.phases[0].bytes_by_category["KV cache"] - alone.phases[0].bytes_by_category["KV cache"] == 100 * 131072
+    assert led.peak_bytes == chat(context_tokens=1124).peak_bytes
+    small, large = AdapterBytes(held=10**6, reading=3 * 10**6), AdapterBytes(held=10**10, reading=4 * 10**10)
+    load, answers = chat(adapters=(small, small)).phases
+    assert (load.name, answers.name) == ("load", "chat")
+    assert load.bytes_by_category["adapter weights"] == 4 * 10**6
+    assert answers.total_bytes == alone.peak_bytes + 2 * 10**6
+    assert chat(adapters=(small, large)).peak.name == "load"
+
+
+def test_what_an_adapter_takes_is_told_by_its_header():
+    def header(name, dtype, shape):
+        entries = prod(shape)
+        return TensorHeader(name, dtype, shape, entries * {"F32": 4, "F16": 2, "I32": 4}[dtype], 0)
+
+    a, b = header("lora_A", "F32", (8, 100)), header("lora_B", "F16", (50, 8))
+    assert adapter_bytes([a, b], "bf16") == AdapterBytes(2 * 1200, (3200 + 3200) + (800 + 1600) + 7 * 800)
+    assert adapter_bytes([a, b], "fp32").held == 4 * 1200
+    # A single row or a vector stays in float32, and of DoRA's lengths there are three.
+    assert adapter_bytes([header("lora_A", "F32", (1, 100)), header("norm", "F32", (50,))], "bf16").held == 600
+    assert adapter_bytes([header("x.lora_magnitude_vector", "F32", (50,))], "bf16").held == 600
+    assert adapter_bytes([header("shira_indices", "I32", (2, 30))], "bf16").held == 120
+
+
+def test_a_full_adapter_in_part_has_a_head_formed():
+    full = {"peft_type": "EDGEPEFT_FULL"}
+    assert formed_head_bytes(full, 0.5, LLAMA_8B, "bf16") == 2 * LLAMA_8B.vocab * LLAMA_8B.hidden
+    assert [formed_head_bytes(full, scale, LLAMA_8B, "bf16") for scale in (0, 1)] == [0, 0]
+    assert formed_head_bytes({"peft_type": "LORA"}, 0.5, LLAMA_8B, "bf16") == 0
 
 
 def test_70b_takes_milliseconds():

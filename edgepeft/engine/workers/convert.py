@@ -12,35 +12,25 @@ import sys
 from pathlib import Path
 
 from edgepeft.engine.workers.replies import Replies
-from edgepeft.errors import BadInput, DiskProblem, ExitCode
 from edgepeft.models.conversion import Converted
-from edgepeft.paths import disk_errors
-
-
-def _convert(kind: str, source: Path, folder: Path, replies: Replies) -> Converted:
-    if kind == "gguf":
-        from edgepeft.engine.model.gguf import convert_gguf
-
-        return convert_gguf(source, folder, replies.report)
-    replies.report("tokenizer", None)
-    from edgepeft.engine.model.tokenizer_files import convert_tokenizer
-
-    return Converted(notes=tuple(convert_tokenizer(source, folder)))
 
 
 def main(arguments: list[str]) -> int:
     """Converts, and returns the exit code."""
     kind, source, folder = arguments[0], Path(arguments[1]), Path(arguments[2])
     replies = Replies()
-    try:
-        with disk_errors(folder):
-            outcome = _convert(kind, source, folder, replies)
-    except (BadInput, DiskProblem) as error:
-        return replies.fail(error)
-    except MemoryError:
-        return replies.fail(BadInput("there is not enough memory to convert this file", where=str(source)))
-    replies.send(outcome)
-    return ExitCode.DONE
+
+    def work() -> Converted:
+        if kind == "gguf":
+            from edgepeft.engine.model.gguf import convert_gguf
+
+            return convert_gguf(source, folder, replies.report)
+        replies.report("tokenizer", None)
+        from edgepeft.engine.model.tokenizer_files import convert_tokenizer
+
+        return Converted(notes=tuple(convert_tokenizer(source, folder)))
+
+    return replies.run(work, folder=folder, where=str(source), hint="Close other programs and try again")
 
 
 if __name__ == "__main__":
