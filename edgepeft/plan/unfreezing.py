@@ -5,7 +5,7 @@ from __future__ import annotations
 from edgepeft.errors import UsageError
 from edgepeft.methods import id_of, method_of
 from edgepeft.models.shape import ModelShape
-from edgepeft.spec import Recipe
+from edgepeft.spec import Layout, Recipe
 from edgepeft.units import format_share
 
 
@@ -59,9 +59,19 @@ def explain_unfreezing(recipe: Recipe, shape: ModelShape, steps: int) -> str:
 
 def training_share(recipe: Recipe, shape: ModelShape, steps: int) -> float:
     """How much of the layers a backward goes through, averaged over the steps of a run."""
+    return sum(_shares(recipe, shape, steps)) / steps
+
+
+def work_of_steps(recipe: Recipe, layout: Layout, shape: ModelShape, steps: int) -> list[float]:
+    """What each step of a run costs, in forwards: backward costs as much again, and recomputing once more."""
+    back = 1.0 if layout.checkpointing == "none" else 2.0
+    return [1.0 + back * share for share in _shares(recipe, shape, steps)]
+
+
+def _shares(recipe: Recipe, shape: ModelShape, steps: int) -> list[float]:
+    """How much of the layers backward goes through, step by step."""
     schedule = recipe.unfreeze
     if schedule is None or method_of(recipe.method).trained(recipe.method, shape).others:
         # What is of no layer may lie below all of them.
-        return 1.0
-    trained = sum(schedule.layers_at(step, steps, shape.layers) for step in range(steps))
-    return trained / (steps * shape.layers)
+        return [1.0] * steps
+    return [schedule.layers_at(step, steps, shape.layers) / shape.layers for step in range(steps)]

@@ -38,6 +38,7 @@ from edgepeft.engine.training.memory import resident_bytes
 from edgepeft.engine.training.opening import Emit, check_same_tokens, find_base, load_base, open_data
 from edgepeft.engine.training.optimizer import FiniteWatch, learning_rate_at
 from edgepeft.engine.training.outcome import finish_run, keep_observation, stopped_before_training
+from edgepeft.engine.training.pace import Pace
 from edgepeft.engine.training.preparation import prepare
 from edgepeft.engine.training.reading import SampleReader
 from edgepeft.engine.training.recovery import (
@@ -57,6 +58,7 @@ from edgepeft.engine.training.unfreezing import Unfreezing
 from edgepeft.engine.training.update import AdapterUpdate
 from edgepeft.errors import BadInput, OutOfMemory
 from edgepeft.plan.train_plan import TrainPlan
+from edgepeft.plan.unfreezing import work_of_steps
 from edgepeft.runs.events import (
     Cause,
     CheckpointSaved,
@@ -223,7 +225,7 @@ class Training:
         self._spill = SpillWatch(lambda: card_memory(plan.spec.device), spills=spills)
         self._saved_at = time.monotonic()
         self._saved_step = -1
-        self._seconds_smoothed: float | None = None
+        self._pace = Pace(work_of_steps(self._recipe, self.position.layout, loaded.shape, self.steps))
         self._micro_batches = 0
         self._told_at = math.inf
 
@@ -323,8 +325,7 @@ class Training:
             lowest_recent_loss=lowest,
             not_finite_in_a_row=self._finite.in_a_row,
         )
-        before = self._seconds_smoothed
-        self._seconds_smoothed = seconds if before is None else 0.8 * before + 0.2 * seconds
+        self._pace.add(step, seconds)
         speed = learned.sums.tokens / seconds
         self.emit(
             StepDone(
@@ -339,7 +340,7 @@ class Training:
                 live_bytes=self.account.live_bytes(),
                 peak_bytes=self.account.peak().peak_bytes,
                 rss_bytes=self.account.read_resident(),
-                eta_seconds=self._eta_seconds(self._seconds_smoothed),
+                eta_seconds=self._eta_seconds(),
                 power_watts=self.energy.power_watts,
                 energy_wh=self.energy.watt_hours,
             )
@@ -350,8 +351,8 @@ class Training:
             self.emit(Warned(message=warning, step=step + 1))
         check_divergence(self.position, self._recipe.optimizer.learning_rate, self.loaded.shape.vocab)
 
-    def _eta_seconds(self, step_seconds: float) -> float:
-        left = step_seconds * (self.steps - self.position.step)
+    def _eta_seconds(self) -> float:
+        left = self._pace.seconds_left(self.position.step)
         most = self._upkeep.max_seconds
         return left if most is None else max(0.0, min(left, most - self.position.train_seconds))
 
@@ -443,7 +444,7 @@ class Training:
         """Obeys requests; before there is a step to tell of, says that something happens."""
         self._requests.poll()
         self._micro_batches += 1
-        if self._seconds_smoothed is None and time.monotonic() - self._told_at > _LIFE_SECONDS:
+        if not self._pace.known and time.monotonic() - self._told_at > _LIFE_SECONDS:
             self._told_at = time.monotonic()
             self.emit(PhaseChanged(name="train", detail=f"first step, micro-batch {self._micro_batches}"))
 
