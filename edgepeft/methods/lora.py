@@ -21,6 +21,10 @@ from edgepeft.methods.targets import matching, means
 from edgepeft.methods.terms import FLOAT32, LinearTerms, Method, Trained
 from edgepeft.models.shape import LinearShape, ModelShape
 
+DORA_WORK = 1.12
+"""Time of a step with DoRA, LoRA's being 1: its lengths go over every output once more. Measured on one core in bf16
+with 1,024 tokens: medians of 1.03 to 1.20 for ranks of 8 and 64 and hidden sizes of 576 and 2,048; assumed for cards."""
+
 
 class LoraConfig(msgspec.Struct, frozen=True, tag="lora", forbid_unknown_fields=True):
     """What decides a LoRA adapter."""
@@ -109,6 +113,10 @@ class Lora(Method):
         chosen = matching(config.targets, shape)
         config.check_ranks({linear.name: min(linear.in_features, linear.out_features) for linear in chosen})
         return chosen
+
+    def relative_work(self, config: LoraConfig) -> float:
+        """See `Method`."""
+        return DORA_WORK if config.dora else 1.0
 
     def trained(self, config: LoraConfig, shape: ModelShape) -> Trained:
         """A, of r · in entries, and B, of r · out, for each targeted linear; with DoRA a length for each row, too."""

@@ -147,6 +147,10 @@ class Method(ABC):
         """What writing its file needs beside the bytes of what it trains."""
         return 0
 
+    def relative_work(self, config: Any) -> float:
+        """Time of a step over that of its products alone, which are counted elsewhere."""
+        return 1.0
+
     def forms_matrices(self, config: Any) -> bool:
         """Whether it changes the frozen matrices of its linears, so that these are formed whatever they are held in."""
         return False

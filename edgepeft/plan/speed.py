@@ -142,7 +142,8 @@ def _unknown(device: PlanDevice, shape: ModelShape) -> str:
 
 
 def training_operations(spec: RunSpec, shape: ModelShape, run: StepList) -> float:
-    """Floating-point operations of the products in all steps of a run."""
+    """Floating-point operations of the products in all steps of a run; where a method does more than products, as many
+    as take that time."""
     times = np.zeros(len(run.tokens), np.int64)
     whole, rest = divmod(run.steps, steps_per_epoch(len(run.tokens), run.samples_per_step))
     times += whole
@@ -187,11 +188,13 @@ def _operations(
     attention = 2.0 * shape.layers * shape.heads * shape.head_dim * squares
     head = 2.0 * shape.vocab * shape.hidden * float((trained * times).sum())
     layers = 2.0 * (weights + adapter) * all_tokens + attention
+    work = method.relative_work(config)
     if not learning:
-        return layers + head
+        return work * (layers + head)
     # Backward and recomputation; the adapter's own gradients, and the second half of the attention's backward.
     again = layers if spec.layout.checkpointing == "none" else 2.0 * layers
-    return layers + learning * (again + 2.0 * learned * all_tokens + attention) + (3.0 if trains_head else 2.0) * head
+    layers += learning * (again + 2.0 * learned * all_tokens + attention)
+    return work * (layers + (3.0 if trains_head else 2.0) * head)
 
 
 def find_rate(device: PlanDevice, spec: RunSpec, shape: ModelShape) -> Rate | None:

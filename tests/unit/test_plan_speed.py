@@ -10,6 +10,7 @@ from edgepeft.hardware.measured import Measured, store_measured
 from edgepeft.hardware.packages import read_packages
 from edgepeft.memory.breakdown import Breakdown, Phase
 from edgepeft.memory.calibration import observe, observed
+from edgepeft.methods.lora import DORA_WORK, LoraConfig
 from edgepeft.plan.search import make_plan
 from edgepeft.plan.speed import (
     RECOMPUTE_SPEED,
@@ -69,6 +70,17 @@ def test_speed_and_operations_agree_on_recomputing():
         training_operations(run_spec(checkpointing=mode, rank=1), SMOLLM2, steps([8] * 4)) for mode in ("layer", "none")
     )
     assert without / with_it == pytest.approx(RECOMPUTE_SPEED, rel=0.01)
+
+
+def test_dora_takes_longer_than_its_products():
+    spec = run_spec(rank=8)
+    dora = msgspec.structs.replace(spec.recipe, method=LoraConfig(rank=8, dora=True))
+    lora = msgspec.structs.replace(spec.recipe, method=LoraConfig(rank=8))
+    found = [
+        training_operations(msgspec.structs.replace(spec, recipe=recipe), SMOLLM2, steps([8] * 4, trained=2))
+        for recipe in (dora, lora)
+    ]
+    assert found[0] / found[1] == pytest.approx(DORA_WORK, rel=0.01)
 
 
 def test_every_sample_counts_as_often_as_it_is_trained_on():
