@@ -23,7 +23,7 @@ from edgepeft.models.shape import LinearShape, ModelShape
 
 DORA_WORK = 1.12
 """Time of a step with DoRA, LoRA's being 1: its lengths go over every output once more. Measured on one core in bf16
-with 1,024 tokens: medians of 1.03 to 1.20 for ranks of 8 and 64 and hidden sizes of 576 and 2,048; assumed for cards."""
+with 1,024 tokens: medians of 1.03 to 1.20 for ranks 8 and 64 and hidden sizes 576 and 2,048; assumed for cards."""
 
 
 class LoraConfig(msgspec.Struct, frozen=True, tag="lora", forbid_unknown_fields=True):

@@ -66,7 +66,8 @@ def test_a_refusal_is_one_line(
     done = edgepeft("adapters", "import", str(lora), "--name", "mine", *arguments)
     assert (done.returncode, done.stdout) == (code, "")
     assert said in " ".join(done.stderr.split())
-    assert done.stderr.startswith("edgepeft: ")
+    # A machine that is busy tells of its progress first.
+    assert sum(line.startswith("edgepeft: ") for line in done.stderr.splitlines()) == 1
     assert not (edgepeft_home / "adapters" / "mine").exists()
 
 
