@@ -101,7 +101,7 @@ class TableCopy:
 
     def merge_into(self, parameter: str, values: Tensor, rows: slice) -> None:
         """The table takes its place; see `Mergeable`."""
-        values.copy_(self._table.detach()[rows])
+        values.copy_(self.table.detach()[rows])
 
     def named_tensors(self) -> dict[str, nn.Parameter]:
         """As the model names it."""
