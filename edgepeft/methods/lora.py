@@ -17,8 +17,8 @@ from collections.abc import Mapping, Sequence
 import msgspec
 
 from edgepeft.errors import UsageError
-from edgepeft.methods.targets import matching, means
-from edgepeft.methods.terms import FLOAT32, LinearTerms, Method, Trained
+from edgepeft.methods.targets import Table, matching, means, table_of
+from edgepeft.methods.terms import FLOAT32, LinearTerms, Method, TableTerms, Trained
 from edgepeft.models.shape import LinearShape, ModelShape
 
 DORA_WORK = 1.12
@@ -34,7 +34,8 @@ class LoraConfig(msgspec.Struct, frozen=True, tag="lora", forbid_unknown_fields=
     alpha: float = 32.0
     """The update is scaled by alpha / r."""
     targets: tuple[str, ...] = ("all-linear",)
-    """Module names (or their endings) that get an update; `all-linear` stands for every linear of every layer."""
+    """Module names (or their endings) that get an update; `all-linear` stands for every linear of every layer,
+    `embed_tokens` and `lm_head` for the embedding and the output head."""
     dropout: float = 0.0
     """Share of the update's input entries that are zeroed in training."""
     rank_stabilised: bool = False
@@ -57,6 +58,12 @@ class LoraConfig(msgspec.Struct, frozen=True, tag="lora", forbid_unknown_fields=
         for name, rank in self.ranks.items():
             if rank < 1:
                 raise UsageError(f"a rank of {rank} for {name} is not possible", where="ranks", hint="Use 4 to 128")
+        if self.dora and any(table_of(target) is not None for target in self.targets):
+            raise UsageError(
+                "DoRA changes linears of layers alone, not the embedding or the output head",
+                where="targets",
+                hint="Leave embed_tokens and lm_head out, or use dora=false",
+            )
 
     @property
     def scale(self) -> float:
@@ -110,22 +117,33 @@ class Lora(Method):
         Raises:
             UsageError: a target matches no linear, or the rank exceeds a targeted dimension.
         """
-        chosen = matching(config.targets, shape)
-        config.check_ranks({linear.name: min(linear.in_features, linear.out_features) for linear in chosen})
+        chosen = matching([target for target in config.targets if table_of(target) is None], shape)
+        sizes = {linear.name: min(linear.in_features, linear.out_features) for linear in chosen}
+        config.check_ranks(sizes | dict.fromkeys(_tables(config).values(), min(shape.vocab, shape.hidden)))
         return chosen
 
     def relative_work(self, config: LoraConfig) -> float:
         """See `Method`."""
         return DORA_WORK if config.dora else 1.0
 
+    def table_terms(self, config: LoraConfig) -> TableTerms:
+        """Products beside those that are targeted."""
+        ranks = {table: config.rank_of(path) for table, path in _tables(config).items()}
+        head = ranks.get("head", 0)
+        return TableTerms(ranks.get("embedding", 0), head, drops=bool(head) and config.dropout > 0)
+
     def trained(self, config: LoraConfig, shape: ModelShape) -> Trained:
-        """A, of r · in entries, and B, of r · out, for each targeted linear; with DoRA a length for each row, too."""
+        """A, of r · in entries, and B, of r · out, for each targeted linear, and for embedding and head where they are
+        targeted; with DoRA a length for each row, too."""
         sizes: list[int] = []
         for linear in self.targeted(config, shape):
             rank = config.rank_of(linear.name)
             sizes += (rank * linear.in_features, rank * linear.out_features)
             sizes += [linear.out_features] if config.dora else []
-        return Trained(tuple(sizes))
+        others: list[int] = []
+        for path in _tables(config).values():
+            others += (config.rank_of(path) * shape.vocab, config.rank_of(path) * shape.hidden)
+        return Trained(tuple(sizes), tuple(others))
 
     def held_bytes(self, config: LoraConfig, shape: ModelShape) -> int:
         """With DoRA: the squared length of each row of W, and the length of each row of the sum."""
@@ -174,6 +192,16 @@ class Lora(Method):
             forward_bytes=forward,
             backward_bytes=inner + max(product, (low + c) * a, fresh),
         )
+
+
+def _tables(config: LoraConfig) -> dict[Table, str]:
+    """The targeted ones of embedding and head, and what their paths end with."""
+    found: dict[Table, str] = {}
+    for target in config.targets:
+        table = table_of(target)
+        if table is not None:
+            found[table] = target
+    return found
 
 
 def _dora_terms(

@@ -1,11 +1,26 @@
-"""Which linears of a model the targets of a method stand for, told from the model's shape alone."""
+"""What of a model the targets of a method stand for, told from the model's shape alone."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Literal
 
 from edgepeft.errors import UsageError
 from edgepeft.models.shape import LinearShape, ModelShape
+
+Table = Literal["embedding", "head"]
+"""What a model has beside its layers: the rows that ids look up, and the matrix that makes logits."""
+TABLE_NAMES: Mapping[Table, tuple[str, ...]] = {
+    "embedding": ("embed_tokens", "wte", "word_embeddings", "embed_in", "tok_embeddings"),
+    "head": ("lm_head", "embed_out"),
+}
+"""What models call them; any of the names stands for the one that a model has."""
+
+
+def table_of(target: str) -> Table | None:
+    """Which table a target means by its last part; None where it means linears."""
+    last = target.rsplit(".", 1)[-1]
+    return next((table for table, names in TABLE_NAMES.items() if last in names), None)
 
 
 def means(name: str, path: str) -> bool:

@@ -96,6 +96,18 @@ class PrefixTerms(msgspec.Struct, frozen=True):
     """Of the network that makes them; 0 where they are trained as they are."""
 
 
+class TableTerms(msgspec.Struct, frozen=True):
+    """What a method adds to the embedding and to the output head."""
+
+    embedding_rank: int = 0
+    """Of the product beside the embedding, whose narrower factor is as long as the vocabulary; 0 where there is
+    none."""
+    head_rank: int = 0
+    """Of the product beside the output head; 0 where there is none."""
+    drops: bool = False
+    """Whether entries of what that is given are dropped in training."""
+
+
 class Method(ABC):
     """A PEFT method without its tensors; each module of this folder has one subclass of it."""
 
@@ -206,6 +218,10 @@ class Method(ABC):
     def continued(self, config: Any) -> Any:
         """The config of an adapter that goes on from the file of one with this config."""
         return config
+
+    def table_terms(self, config: Any) -> TableTerms:
+        """What it adds to the embedding and the output head, beside the base's own."""
+        return TableTerms()
 
     def trains_tables(self, config: Any) -> bool:
         """Whether it trains the embedding and the output head, in place of the base's."""

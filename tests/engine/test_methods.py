@@ -43,6 +43,9 @@ CONFIGS: dict[str, Any] = {
     "lora": LoraConfig(rank=4, alpha=6.0),
     "lora of several ranks": LoraConfig(rank=4, alpha=6.0, ranks={"q_proj": 2, "self_attn.o_proj": 8, "down_proj": 3}),
     "dora": LoraConfig(rank=4, alpha=6.0, dora=True),
+    "lora of everything": LoraConfig(rank=4, alpha=6.0, targets=("all-linear", "embed_tokens", "lm_head")),
+    "lora of the head": LoraConfig(rank=4, alpha=6.0, targets=("lm_head",), ranks={"lm_head": 3}),
+    "lora of the embedding": LoraConfig(rank=4, alpha=6.0, targets=("embed_tokens",), rank_stabilised=True),
     "houlsby": BottleneckConfig(reduction=8),
     "houlsby of relu": BottleneckConfig(reduction=8, activation="relu"),
     "pfeiffer": BottleneckConfig("pfeiffer", reduction=8, activation="silu"),
@@ -157,7 +160,10 @@ def _hook(
         module.register_forward_hook(hook, with_kwargs=True)
 
     kind = id_of(config)
-    if kind == "lora":
+    if kind == "lora" and isinstance(module, nn.Embedding):
+        added = own["lora_embedding_A"].t() @ own["lora_embedding_B"].t()
+        change_output(lambda x, y: y + strength * config.scale_of(config.rank_of(site)) * added[x])
+    elif kind == "lora":
         change = strength * config.scale_of(config.rank_of(site)) * own["lora_B.weight"] @ own["lora_A.weight"]
         if config.dora:
             weight = module.weight + change

@@ -32,6 +32,7 @@ CONFIGS: dict[str, Any] = {
     "lora": LoraConfig(rank=4),
     "lora of several ranks": LoraConfig(rank=4, ranks={"down_proj": 8, "q_proj": 2}),
     "dora": LoraConfig(rank=4, dora=True),
+    "lora of everything": LoraConfig(rank=4, targets=("all-linear", "embed_tokens", "lm_head"), dropout=0.1),
     "houlsby": BottleneckConfig(reduction=4),
     "parallel": BottleneckConfig("parallel", reduction=4),
     "compacter": CompacterConfig(reduction=4),

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -15,7 +14,7 @@ from edgepeft.engine.inference.residents import Residents
 from edgepeft.engine.methods import set_active
 from edgepeft.engine.model.frozen import DTYPES
 from edgepeft.engine.model.load import LoadedModel
-from edgepeft.engine.training.loss import Head, head_of, summed_loss
+from edgepeft.engine.training.loss import Head, head_of, logits_of, summed_loss
 from edgepeft.engine.training.own_head import OwnHead, find_own_head
 from edgepeft.errors import BadInput, DoesNotFit
 from edgepeft.units import format_bytes
@@ -91,12 +90,7 @@ class Session:
             return self._own_head.logits(hidden[None])[0]
         head = self._head
         assert head is not None
-        if len(hidden) == 1 and hidden.device.type == "cpu":
-            # One row: a matrix-vector product reads the head twice as fast.
-            logits = torch.mv(head.weight, hidden[0])[None]
-            logits = logits if head.bias is None else logits + head.bias
-        else:
-            logits = F.linear(hidden, head.weight, head.bias)
+        logits = logits_of(hidden, head)
         logits = logits if head.scale == 1.0 else logits * head.scale
         return logits if head.softcap is None else torch.tanh(logits / head.softcap) * head.softcap
 
@@ -110,8 +104,10 @@ class Session:
     @torch.no_grad()
     def _head_in_force(self) -> Head | None:
         """The head as the active adapters leave it, its matrix in the compute dtype."""
-        weight = self.loaded.head_in_force
-        return None if weight is None else head_of(self.loaded.model, weight.to(DTYPES[self.loaded.compute_dtype]))
+        loaded, weight = self.loaded, self.loaded.head_in_force
+        if weight is None:
+            return None
+        return head_of(loaded.model, weight.to(DTYPES[loaded.compute_dtype]))._replace(added=loaded.added_to_head)
 
     @torch.inference_mode()
     def _find_own_head(self) -> OwnHead | None:

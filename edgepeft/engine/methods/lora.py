@@ -18,11 +18,14 @@ from edgepeft.engine.methods.adapter import Parts, Update
 from edgepeft.engine.methods.dora import DoraUpdate, squared_lengths
 from edgepeft.engine.methods.dropout import PackedSamples, current_samples
 from edgepeft.engine.methods.lora_files import read_modules, settings_of
+from edgepeft.engine.methods.lora_tables import EmbeddingLora
 from edgepeft.engine.methods.seeds import generator_of
-from edgepeft.engine.methods.targets import adaptable, resolve_targets
+from edgepeft.engine.methods.targets import adaptable, resolve_targets, targeted_tables
 from edgepeft.engine.model.linear import AdaptedLinear, LinearUpdate, Use
 from edgepeft.engine.model.load import LoadedModel
+from edgepeft.engine.model.tables import AdaptedTable, LowRank
 from edgepeft.methods.lora import LoraConfig
+from edgepeft.methods.targets import table_of
 
 __all__ = ["LoraUpdate", "build", "restore", "settings_of"]
 
@@ -33,15 +36,32 @@ def build(loaded: LoadedModel, config: LoraConfig, seed: int) -> Parts:
     Raises:
         UsageError: a target matches no linear layer, or the rank exceeds a targeted dimension.
     """
-    linears = loaded.linears()
-    targeted = resolve_targets(config.targets, adaptable(linears))
-    config.check_ranks({path: min(linears[path].weight_source.shape) for path in targeted})
+    linears, tables = loaded.linears(), targeted_tables(config.targets, loaded.tables())
+    targeted = resolve_targets([name for name in config.targets if table_of(name) is None], adaptable(linears))
+    sizes = {path: min(linears[path].weight_source.shape) for path in targeted}
+    config.check_ranks(sizes | {path: min(table.own.shape) for path, table in tables.items()})
     updates: dict[str, Update] = {}
+    for path, table in tables.items():
+        if table.reads_ids:
+            updates[path] = _fresh_embedding(config, table, seed, loaded)
     for path in targeted:
         linear = linears[path]
         lora = LoraUpdate.initialised(config, linear.weight_source.shape, path, seed, loaded.device)
         updates[path] = DoraUpdate(lora, linear, _squares(linear, loaded)) if config.dora else lora
+    for path, table in tables.items():
+        if not table.reads_ids:
+            updates[path] = LoraUpdate.initialised(config, _shape(table), path, seed, loaded.device)
     return Parts(updates)
+
+
+def _fresh_embedding(config: LoraConfig, table: AdaptedTable, seed: int, loaded: LoadedModel) -> EmbeddingLora:
+    rank = config.rank_of(table.name)
+    return EmbeddingLora.initialised(rank, config.scale_of(rank), _shape(table), table.name, seed, loaded.device)
+
+
+def _shape(table: AdaptedTable) -> tuple[int, int]:
+    vocabulary, hidden = table.own.shape
+    return vocabulary, hidden
 
 
 def restore(
@@ -49,10 +69,13 @@ def restore(
 ) -> tuple[LoraConfig, Parts]:
     """See `EngineMethod`."""
     linears = loaded.linears()
-    config, modules = read_modules(settings, tensors, linears, folder)
+    config, modules = read_modules(settings, tensors, loaded, folder)
     updates: dict[str, Update] = {}
     for path, module in modules.items():
         A, B = (_parameter(x, loaded) for x in (module.A, module.B))
+        if module.of_embedding:
+            updates[path] = EmbeddingLora(A, B, module.factor)
+            continue
         lora = updates[path] = LoraUpdate(A, B, module.factor, path, config.dropout)
         if module.magnitude is not None:
             linear = linears[path]
@@ -107,6 +130,14 @@ class LoraUpdate(LinearUpdate):
     def tensors(self) -> tuple[Tensor, ...]:
         """A and B."""
         return self.A, self.B
+
+    def low_rank(self, scale: float) -> LowRank:
+        """See `HeadUpdate`: the same where the linear is the output head."""
+        return LowRank(self.A, self.B, self.factor * scale, self._mask_of if self.dropout else None)
+
+    def _mask_of(self, hidden: Tensor) -> Tensor | None:
+        samples = current_samples()
+        return None if samples is None else self.mask(samples, hidden)
 
     def add_forward(self, x: Tensor, y: Tensor, scale: float) -> tuple[Tensor, ...]:
         """y += s (x Aᵀ) Bᵀ; keeps x Aᵀ, of [tokens, rank]."""

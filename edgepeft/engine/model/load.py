@@ -29,7 +29,7 @@ from edgepeft.engine.model.linear import AdaptedLinear
 from edgepeft.engine.model.prefix import PrefixSite
 from edgepeft.engine.model.prompt import PromptSite
 from edgepeft.engine.model.sites import AdaptedNorm, Branch, Site, find_branches, find_norms
-from edgepeft.engine.model.tables import AdaptedTable, find_tables
+from edgepeft.engine.model.tables import AdaptedTable, LowRank, find_tables
 from edgepeft.errors import BadInput
 from edgepeft.memory.breakdown import Category
 from edgepeft.models.quantized_copy import CopyUnusableError
@@ -93,10 +93,24 @@ class LoadedModel:
         return weight if isinstance(weight, Tensor) and weight.dim() == 2 else None
 
     @property
+    def is_tied(self) -> bool:
+        """Whether embedding and head are one table."""
+        return self.head_weight is self.model.get_input_embeddings().weight
+
+    @property
     def head_in_force(self) -> Tensor | None:
         """The same, or what the active adapters put in its place, which is float32."""
-        head = self.model.get_output_embeddings()
-        return next((table.table() for table in self._tables.values() if table.module is head), self.head_weight)
+        table = self._head_table()
+        return self.head_weight if table is None else table.table()
+
+    @property
+    def added_to_head(self) -> tuple[LowRank, ...]:
+        """What the active adapters add to that."""
+        table = self._head_table()
+        return () if table is None else table.added()
+
+    def _head_table(self) -> AdaptedTable | None:
+        return next((table for table in self._tables.values() if not table.reads_ids), None)
 
     def linears(self) -> dict[str, AdaptedLinear]:
         """Every linear of the decoder layers by module path, in the model's order."""

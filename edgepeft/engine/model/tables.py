@@ -1,13 +1,13 @@
-"""The embedding and the output head as sites: tables [vocabulary, hidden] that adapters can replace.
+"""The embedding and the output head as sites: tables [vocabulary, hidden] that adapters replace or add to.
 
-A model may have one table for both; what replaces it then replaces it twice. Without active updates the model's own
-code runs.
+A model may have one table for both; what replaces it then replaces it twice, while what is added to one of the two
+leaves the other as it is. Without active updates the model's own code runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ _FORMED_ROWS = 1 << 12
 """Of a table that lies between two, at a time."""
 
 
+@runtime_checkable
 class TableUpdate(Protocol):
     """What one adapter puts in place of a table; at a strength s the table is W + s (V - W)."""
 
@@ -33,8 +34,47 @@ class TableUpdate(Protocol):
         ...
 
 
+@runtime_checkable
+class RowsUpdate(Protocol):
+    """What one adapter adds to the rows that are looked up in an embedding."""
+
+    def added_rows(self, ids: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+        """What is added to the rows [..., hidden] of ids [...], in a dtype; recorded by autograd."""
+        ...
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The trained tensors."""
+        ...
+
+
+class LowRank(NamedTuple):
+    """What is added to the matrix of a head: factor · B · A, and what is dropped of its input on the way."""
+
+    A: Tensor
+    """[rank, hidden]."""
+    B: Tensor
+    """[vocabulary, rank]."""
+    factor: float
+    mask: Callable[[Tensor], Tensor | None] | None = None
+    """From the hidden states [tokens, hidden] of a whole micro-batch to what dropout multiplies them with, None outside
+    of training; None where nothing is ever dropped."""
+
+
+@runtime_checkable
+class HeadUpdate(Protocol):
+    """What one adapter adds to an output head."""
+
+    def low_rank(self, scale: float) -> LowRank:
+        """Its product, which is never formed, with a strength."""
+        ...
+
+    def tensors(self) -> tuple[Tensor, ...]:
+        """The trained tensors."""
+        ...
+
+
 class AdaptedTable:
-    """An embedding or an output head whose table the active updates replace.
+    """An embedding or an output head whose table the active updates replace or add to.
 
     Args:
         module: its forward is replaced on the instance.
@@ -45,9 +85,9 @@ class AdaptedTable:
     def __init__(self, module: nn.Embedding | nn.Linear, name: str, *, reads_ids: bool) -> None:
         self.name = name
         self.module = module
-        self.adapters: dict[str, TableUpdate] = {}
+        self.reads_ids = reads_ids
+        self.adapters: dict[str, TableUpdate | RowsUpdate | HeadUpdate] = {}
         self.active: list[tuple[str, float]] = []
-        self._reads_ids = reads_ids
         self._forward: Any = module.forward
         module.__dict__["forward"] = self._run
 
@@ -61,43 +101,70 @@ class AdaptedTable:
         self.active = list(active)
 
     def table(self) -> Tensor:
-        """What is in force: the base's own, a trained tensor itself, or one that lies between, float32 and formed."""
+        """What is in force, without what is added to it: the base's own, a trained tensor itself, or one that lies
+        between, float32 and formed."""
         table = self.own
-        for name, scale in self.active:
-            other = self.adapters[name].table
+        for other, scale in self._replacing():
             table = other if scale == 1 else _between(table, other, scale)
         return table
+
+    def added(self) -> tuple[LowRank, ...]:
+        """What is added to the matrix of a head."""
+        uses = [(self.adapters[name], scale) for name, scale in self.active]
+        return tuple(update.low_rank(scale) for update, scale in uses if isinstance(update, HeadUpdate))
 
     def _run(self, x: Tensor) -> Tensor:
         if not self.active:
             out: Tensor = self._forward(x)
             return out
-        if not self._reads_ids:
-            return self._product(x)
-        rows = self._rows(x)
-        # Some models of the Gemma family multiply what they look up.
-        factor: Tensor | None = getattr(self.module, "embed_scale", None)
-        return rows if factor is None else rows * torch.as_tensor(factor).to(rows.dtype)
+        return self._rows(x) if self.reads_ids else self._product(x)
+
+    def _replacing(self) -> list[tuple[Tensor, float]]:
+        """The tables that take the place of the one before, each with its strength."""
+        uses = [(self.adapters[name], scale) for name, scale in self.active]
+        return [(update.table, scale) for update, scale in uses if isinstance(update, TableUpdate)]
 
     def _rows(self, ids: Tensor) -> Tensor:
         """Rows [..., hidden] of what is in force, which is not formed for them."""
-        name, scale = self.active[-1]
-        if scale == 1:
-            return _look_up(ids, self.adapters[name].table, self.own.dtype)
-        rows = F.embedding(ids, self.own).float()
+        # Some models of the Gemma family multiply what they look up.
+        factor: Tensor | None = getattr(self.module, "embed_scale", None)
+
+        def scaled(rows: Tensor) -> Tensor:
+            return rows if factor is None else rows * torch.as_tensor(factor).to(rows.dtype)
+
+        replacing = self._replacing()
+        rows: Tensor = scaled(self._replaced_rows(ids, replacing)) if replacing else self._forward(ids)
         for name, scale in self.active:
-            rows = torch.lerp(rows, F.embedding(ids, self.adapters[name].table).float(), scale)
+            update = self.adapters[name]
+            if isinstance(update, RowsUpdate):
+                rows = rows + scaled(update.added_rows(ids, rows.dtype, scale))
+        return rows
+
+    def _replaced_rows(self, ids: Tensor, replacing: Sequence[tuple[Tensor, float]]) -> Tensor:
+        table, scale = replacing[-1]
+        if scale == 1:
+            return _look_up(ids, table, self.own.dtype)
+        rows = F.embedding(ids, self.own).float()
+        for table, scale in replacing:
+            rows = torch.lerp(rows, F.embedding(ids, table).float(), scale)
         return rows.to(self.own.dtype)
 
     def _product(self, x: Tensor) -> Tensor:
         """x times what is in force, which is not formed for it."""
-        name, scale = self.active[-1]
+        replacing = self._replacing()
+        y: Tensor = self._replaced_product(x, replacing) if replacing else self._forward(x)
+        for added in self.added():
+            y = y + F.linear(F.linear(x, added.A.to(x.dtype)), added.B.to(x.dtype)) * added.factor
+        return y
+
+    def _replaced_product(self, x: Tensor, replacing: Sequence[tuple[Tensor, float]]) -> Tensor:
+        table, scale = replacing[-1]
         bias: Tensor | None = getattr(self.module, "bias", None)
         if scale == 1:
-            return F.linear(x, self.adapters[name].table.to(x.dtype), bias)
+            return F.linear(x, table.to(x.dtype), bias)
         y = F.linear(x, self.own.to(x.dtype))
-        for name, scale in self.active:
-            y = torch.lerp(y, F.linear(x, self.adapters[name].table.to(x.dtype)), scale)
+        for table, scale in replacing:
+            y = torch.lerp(y, F.linear(x, table.to(x.dtype)), scale)
         return y if bias is None else y + bias
 
 

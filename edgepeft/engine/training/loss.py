@@ -16,12 +16,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from edgepeft.engine.kernels import one_of, target_of
+from edgepeft.engine.model.tables import LowRank
+from edgepeft.engine.training.added_head import Product, add_product
 from edgepeft.errors import BadInput
-from edgepeft.memory.chunks import LOSS_SCRATCH_BYTES, TABLE_ROWS, loss_rows
+from edgepeft.memory.chunks import LOSS_SCRATCH_BYTES, loss_rows
 
 
 class Head(NamedTuple):
-    """The output head: logits = cap · tanh((hidden · weightᵀ + bias) · scale / cap)."""
+    """The output head: logits = cap · tanh((hidden · (weight + added)ᵀ + bias) · scale / cap)."""
 
     weight: Tensor
     """[vocabulary, hidden]; float32 where it is trained."""
@@ -31,6 +33,8 @@ class Head(NamedTuple):
     """Granite divides by `logits_scaling`, Cohere multiplies by `logit_scale`."""
     softcap: float | None = None
     """`final_logit_softcapping` of the Gemma family; None where logits are not capped."""
+    added: tuple[LowRank, ...] = ()
+    """Products that adapters add to the matrix; it is never formed with them."""
 
 
 def head_of(model: nn.Module, weight: Tensor) -> Head:
@@ -53,6 +57,20 @@ def head_of(model: nn.Module, weight: Tensor) -> Head:
     return Head(weight, None if bias is None else bias.detach(), scale, None if softcap is None else float(softcap))
 
 
+def logits_of(hidden: Tensor, head: Head) -> Tensor:
+    """Logits [rows, vocabulary] of hidden states [rows, hidden], before scale and cap, in the head's dtype."""
+    if len(hidden) > 1 or hidden.device.type != "cpu":
+        logits = _product(hidden, head)
+    else:
+        # One row: a matrix-vector product reads the head twice as fast.
+        logits = torch.mv(head.weight, hidden[0])[None]
+        logits = logits if head.bias is None else logits + head.bias
+    for low in head.added:
+        inner = (hidden @ low.A.to(hidden.dtype).t()).mul_(low.factor)
+        logits.addmm_(inner, low.B.to(hidden.dtype).t())
+    return logits
+
+
 @torch.no_grad()
 def knows_head(hidden: Tensor, head: Head, logits: Tensor) -> bool:
     """Whether our logits are the model's own, so that a head that does something else is never trained wrongly.
@@ -68,8 +86,9 @@ def knows_head(hidden: Tensor, head: Head, logits: Tensor) -> bool:
     check_finite(logits)
     if hidden.shape[-1] != head.weight.shape[-1] or logits.shape[-1] != head.weight.shape[0]:
         return False
-    head = _in_dtype(head, hidden.dtype)
-    return agrees(_bend(_logits(hidden, head).float(), head), logits, exact=hidden.dtype == torch.float32)
+    exact = hidden.dtype == torch.float32
+    own = _bend(logits_of(hidden, _in_dtype(head, hidden.dtype)).float(), head)
+    return agrees(own, logits, exact=exact)
 
 
 def check_finite(logits: Tensor) -> None:
@@ -97,17 +116,23 @@ def summed_loss(hidden: Tensor, rows: Tensor, targets: Tensor, head: Head, chunk
     Divide by the number of trained tokens of the whole optimizer step, not of the micro-batch.
 
     Args:
-        hidden: [1, tokens, hidden], after the final norm, in the compute dtype; gets a gradient.
+        hidden: [1, tokens, hidden], after the final norm, in the compute dtype; gets a gradient where it asks for one.
         rows: int64 [trained], positions whose next token is trained, each at most once.
         targets: int64 [trained], that next token.
-        head: the output head; its matrix gets a gradient where it asks for one.
+        head: the output head; its matrix, and what is added to it, get gradients where they ask for them.
         chunk_tokens: rows whose logits exist at one time.
     """
     apply: Any = _SummedLoss.apply
+    factors = [factor for low in head.added for factor in (low.A, low.B)]
+    learns = any(tensor.requires_grad for tensor in (hidden, head.weight, *factors))
     loss: Tensor = apply(
-        hidden, head.weight, rows, targets, head, chunk_tokens, hidden.requires_grad and torch.is_grad_enabled()
+        hidden, head.weight, rows, targets, head, chunk_tokens, learns and torch.is_grad_enabled(), *factors
     )
     return loss
+
+
+_FACTORS = 7
+"""Place of the first A among the arguments of the function below; its B, and further pairs, follow."""
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -121,15 +146,18 @@ class _SummedLoss(torch.autograd.Function):
         head: Head,
         chunk_tokens: int,
         with_gradient: bool,
+        *factors: Tensor,
     ) -> Tensor:
         count = rows.shape[0]
         width = hidden.shape[-1]
         flat = hidden.reshape(-1, width)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         filled_rows = loss_rows(count, chunk_tokens)
-        gradient = hidden.new_empty(filled_rows, width) if with_gradient else None
+        gradient = hidden.new_empty(filled_rows, width) if with_gradient and ctx.needs_input_grad[0] else None
         trained = with_gradient and ctx.needs_input_grad[1]
         of_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if trained and count else None
+        asked = [with_gradient and asks for asks in ctx.needs_input_grad[_FACTORS::2]]
+        products = [Product(low, flat, trains) for low, trains in zip(head.added, asked, strict=True) if count]
         head = _in_dtype(head, hidden.dtype)
         # One buffer serves every chunk: mapping fresh pages costs as much as a pass over them.
         buffer = hidden.new_empty(min(chunk_tokens, filled_rows), head.weight.shape[0]) if count else None
@@ -139,50 +167,50 @@ class _SummedLoss(torch.autograd.Function):
             picked = flat.new_zeros(filled, width)
             torch.index_select(flat, 0, wanted, out=picked[: wanted.shape[0]])
             assert buffer is not None
-            logits = _logits(picked, head, out=buffer[:filled])
+            logits = _product(picked, head, out=buffer[:filled])
+            for product in products:
+                product.add_forward(picked, wanted, logits)
             total += _losses_in_place(
                 logits[: wanted.shape[0]], targets[begin : begin + chunk_tokens], head, with_gradient
             )
+            part = None
             if gradient is not None:
-                torch.mm(logits, head.weight, out=gradient[begin : begin + filled])
+                part = torch.mm(logits, head.weight, out=gradient[begin : begin + filled])
             if of_weight is not None:
-                _add_product(of_weight, logits, picked)
+                add_product(of_weight, logits, picked)
+            for product in products:
+                product.add_backward(picked, logits, part)
             del picked, logits
-        if gradient is not None:
-            ctx.save_for_backward(rows, gradient)
+        ctx.save_for_backward(rows, *([] if gradient is None else [gradient]))
         ctx.shape = hidden.shape
         ctx.of_weight = of_weight
+        ctx.of_factors = [of_factor for product in products for of_factor in product.gradients or (None, None)]
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        rows, gradient = ctx.saved_tensors
-        full = gradient.new_zeros(ctx.shape)
-        full.view(-1, ctx.shape[-1]).index_copy_(0, rows, gradient[: rows.shape[0]] * grad_loss.to(gradient.dtype))
-        # Given up here: autograd takes it as the gradient, or adds it to the one that is there.
+        rows, *gradients = ctx.saved_tensors
+        full = None
+        for gradient in gradients:
+            full = gradient.new_zeros(ctx.shape)
+            full.view(-1, ctx.shape[-1]).index_copy_(0, rows, gradient[: rows.shape[0]] * grad_loss.to(gradient.dtype))
+        # Given up here: autograd takes them as the gradients, or adds them to those that are there.
         of_weight, ctx.of_weight = ctx.of_weight, None
-        if of_weight is not None:
-            of_weight.mul_(grad_loss)
-        return full, of_weight, None, None, None, None, None
+        of_factors, ctx.of_factors = ctx.of_factors, []
+        for own in (of_weight, *of_factors):
+            if own is not None:
+                own.mul_(grad_loss)
+        count = len(ctx.needs_input_grad) - _FACTORS
+        return full, of_weight, None, None, None, None, None, *(of_factors or [None] * count)
 
 
 def _in_dtype(head: Head, dtype: torch.dtype) -> Head:
     return head._replace(weight=head.weight.detach().to(dtype))
 
 
-def _add_product(total: Tensor, logits: Tensor, picked: Tensor) -> None:
-    """`total += logitsᵀ picked`, float32 [vocabulary, hidden], for [rows, vocabulary] and [rows, hidden]."""
-    if logits.dtype == total.dtype:
-        total.addmm_(logits.t(), picked)
-        return
-    for begin in one_of(range(0, total.shape[0], TABLE_ROWS)):
-        block = slice(begin, begin + TABLE_ROWS)
-        total[block].add_(logits[:, block].t() @ picked)
-
-
-def _logits(picked: Tensor, head: Head, out: Tensor | None = None) -> Tensor:
-    """Hidden states times the head, before scale and cap, [rows, vocabulary]."""
+def _product(picked: Tensor, head: Head, out: Tensor | None = None) -> Tensor:
+    """Hidden states times the head's matrix, before scale and cap, [rows, vocabulary]."""
     if head.bias is None:
         return torch.mm(picked, head.weight.t(), out=out)
     return torch.addmm(head.bias, picked, head.weight.t(), out=out)

@@ -23,7 +23,7 @@ from edgepeft.engine.training.loss import Head, head_of, summed_loss
 from edgepeft.engine.training.memory import MemoryGauge, Size
 from edgepeft.engine.training.own_head import OwnHead, find_own_head, summed_cross_entropy
 from edgepeft.engine.training.recovery import first_line, is_out_of_memory, release_memory, smaller_layout
-from edgepeft.errors import OutOfMemory
+from edgepeft.errors import OutOfMemory, UsageError
 from edgepeft.spec import Checkpointing, Layout, Recipe
 
 
@@ -93,8 +93,16 @@ class StepRunner:
 
         Raises:
             BadInput: the model's logits are not finite.
+            UsageError: an adapter drops entries of what a head of the model's own code is given.
         """
         self._own_head = find_own_head(self._loaded, self._head_in_force())
+        if self._own_head is not None and any(low.mask is not None for low in self._loaded.added_to_head):
+            raise UsageError(
+                f"dropout before the output head of {type(self._loaded.model).__name__}, which is none that edgepeft "
+                "knows, is not possible",
+                where="dropout",
+                hint="Use --set dropout=0, or leave lm_head out of the targets",
+            )
         return "" if self._own_head is None else self._own_head.warning
 
     def train(self, samples: Sequence[Sample], layout: Layout, step: int, *, watch_all: bool = False) -> StepSums:
@@ -245,7 +253,9 @@ class StepRunner:
 
     def _head_in_force(self) -> Head | None:
         weight = self._loaded.head_in_force
-        return None if weight is None or self._head is None else self._head._replace(weight=weight)
+        if weight is None or self._head is None:
+            return None
+        return self._head._replace(weight=weight, added=self._loaded.added_to_head)
 
     def _inputs(self, batch: MicroBatch) -> dict[str, Tensor]:
         """The row's ids, or its embeddings where trained ones stand before each sample."""
