@@ -16,7 +16,7 @@ from edgepeft.memory.prefix import PrefixPlan
 from edgepeft.memory.programs import PROGRAMS, LayerPlan, llama
 from edgepeft.memory.target import Target
 from edgepeft.memory.weights import ELEMENT_BYTES
-from edgepeft.methods import Branch, BranchTerms, LinearTerms, MethodConfig, PrefixTerms, Trained, method_of
+from edgepeft.methods import Branch, BranchTerms, LinearTerms, MethodConfig, PrefixTerms, TableTerms, Trained, method_of
 from edgepeft.models.shape import LinearShape, ModelShape
 from edgepeft.spec import ComputeDtype, Precision
 
@@ -120,6 +120,8 @@ def plan_micro_batch(shape: ModelShape, given: Pass, method: MethodConfig | None
 
     on_tape = shape.final_norm_parameters if added.trains_gains else 0
     on_tape += shape.embedding_parameters if added.trains_tables else 0
+    tables = added.tables
+    on_tape += (tables.embedding_rank + tables.head_rank) * (shape.vocab + shape.hidden)
     return MicroBatchPlan(
         tokens=tokens,
         compute_bytes=c,
@@ -139,23 +141,31 @@ def plan_micro_batch(shape: ModelShape, given: Pass, method: MethodConfig | None
             scratch_bytes=LOSS_SCRATCH_BYTES[given.target.kind],
             softcap=shape.logit_softcap is not None,
             trains_head=added.trains_tables,
-            adding_bytes=_adding_bytes(shape, given) if added.trains_tables else 0,
+            adding_bytes=_adding_bytes(shape.vocab, shape.hidden, given) if added.trains_tables else 0,
+            rank=tables.head_rank,
+            adding_rank_bytes=(
+                _adding_bytes(tables.head_rank, shape.hidden, given),
+                _adding_bytes(shape.vocab, tables.head_rank, given),
+            ),
+            masked_tokens=tokens if tables.drops and given.training else 0,
         ),
         trained=trained,
         others_beside_tape=sum(trained.others) - on_tape,
         trains_tables=added.trains_tables,
         tied=shape.tied_embeddings,
+        embedding_rank=tables.embedding_rank,
         leading_rows=added.leading_rows,
         samples=len(given.lengths),
     )
 
 
-def _adding_bytes(shape: ModelShape, given: Pass) -> int:
-    """A block of a trained head's gradient in the compute dtype, and on the CPU its float32 copy while it is added."""
+def _adding_bytes(rows: int, columns: int, given: Pass) -> int:
+    """A block of a gradient that is formed with the loss in the compute dtype, and on the CPU its float32 copy while it
+    is added."""
     c = given.compute_bytes
     if c == FLOAT32:
         return 0
-    return min(shape.vocab, TABLE_ROWS) * shape.hidden * (c + (FLOAT32 if given.target.kind == "cpu" else 0))
+    return min(rows, TABLE_ROWS) * columns * (c + (FLOAT32 if given.target.kind == "cpu" else 0))
 
 
 class _Added(msgspec.Struct, frozen=True):
@@ -173,6 +183,8 @@ class _Added(msgspec.Struct, frozen=True):
     """What stands before every sample in each layer."""
     trains_tables: bool = False
     """Whether the embedding and the output head are trained."""
+    tables: TableTerms = TableTerms()
+    """What is added to embedding and head."""
     leading_rows: int = 0
     """Trained rows before every sample, which are among the tokens."""
     trained: Trained = Trained()
@@ -204,6 +216,7 @@ def _added(method: MethodConfig, shape: ModelShape, given: Pass) -> _Added:
         module.trains_gains(method),
         module.prefix_terms(method, shape),
         module.trains_tables(method),
+        module.table_terms(method),
         module.leading_rows(method),
         module.trained(method, shape),
     )

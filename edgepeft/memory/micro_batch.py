@@ -38,6 +38,12 @@ class LossPlan(msgspec.Struct, frozen=True):
     """Whether the head's matrix gets a gradient, which is formed with the loss."""
     adding_bytes: int = 0
     """What adding up a chunk's part of that takes, beside it."""
+    rank: int = 0
+    """Of a trained product beside the head's matrix (engine.training.added_head); 0 where there is none."""
+    adding_rank_bytes: tuple[int, int] = (0, 0)
+    """What adding up a chunk's part of the gradients of its two factors takes, beside them."""
+    masked_tokens: int = 0
+    """Of the micro-batch, where entries of what that product is given are dropped; else 0."""
 
     @property
     def head_bytes(self) -> int:
@@ -72,6 +78,8 @@ class MicroBatchPlan(msgspec.Struct, frozen=True):
     """Whether the embedding and the output head are among it."""
     tied: bool = False
     """Whether these are one."""
+    embedding_rank: int = 0
+    """Of a trained product beside the embedding; 0 where there is none."""
     leading_rows: int = 0
     """Trained rows before each sample."""
     samples: int = 0
@@ -108,15 +116,14 @@ def train(plan: MicroBatchPlan, *, checkpointed: bool, alone: bool, offloaded: b
     hidden = _forward(plan, tape, layers, checkpointed=checkpointed, offloaded=offloaded, alone=alone)
     tape.enter("loss")
     tape.category = LOSS
-    gradient, of_head = _loss(plan.loss, tape)
     end = hidden.node
-    assert gradient is not None
-    assert end is not None
+    gradient, of_head = _loss(plan.loss, tape, lets_through=end is not None)
     del hidden
     tape.enter("backward of the loss")
     tape.category = RECOMPUTED
-    end.gradient = Tensor(tape, plan.tokens * plan.loss.row_bytes)
-    tape.touch(plan.loss.trained * plan.loss.row_bytes)
+    if end is not None:
+        end.gradient = Tensor(tape, plan.tokens * plan.loss.row_bytes)
+        tape.touch(plan.loss.trained * plan.loss.row_bytes)
     del gradient, end
     held: list[Tensor] = []
     if alone and not adds_up and not plan.leading_rows:
@@ -130,9 +137,8 @@ def train(plan: MicroBatchPlan, *, checkpointed: bool, alone: bool, offloaded: b
             tape.rename(gradient, GRADIENTS)
             held.append(gradient)
 
-    if of_head is not None:
-        accumulate(of_head)
-    del of_head
+    while of_head:
+        accumulate(of_head.pop(0))
     tape.backward(accumulate)
     tape.leave()
     return max((place for peak in tape.peaks for place in layers.places(peak)), key=lambda place: place.total_bytes)
@@ -145,7 +151,7 @@ def evaluate(plan: MicroBatchPlan) -> Place:
     hidden = _forward(plan, tape, layers, checkpointed=False)
     tape.enter("loss")
     tape.category = LOSS
-    _loss(plan.loss, tape)
+    _loss(plan.loss, tape, lets_through=False)
     del hidden
     tape.leave()
     peak = max(tape.peaks, key=lambda peak: peak.total)
@@ -220,6 +226,9 @@ def _forward(
         embeddings = ops.look_up(size, FLOAT32 * entries if alone and not plan.tied else 0)
     else:
         embeddings = Tensor(tape, size)
+    if plan.embedding_rank:
+        entries = plan.loss.head_bytes // plan.loss.row_bytes, plan.loss.row_bytes // plan.compute_bytes
+        embeddings = ops.add_rows(embeddings, plan.embedding_rank, *entries, alone=alone)
     given = None
     if plan.leading_rows:
         _put_rows_before(plan, ops, embeddings)
@@ -263,26 +272,45 @@ def _put_rows_before(plan: MicroBatchPlan, ops: Operations, embeddings: Tensor) 
     embeddings.node = tape.record_plain((), back)
 
 
-def _loss(plan: LossPlan, tape: Tape) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of the rows that meet the head, and of a head that is trained; None without gradients."""
+def _loss(plan: LossPlan, tape: Tape, *, lets_through: bool) -> tuple[Tensor | None, list[Tensor]]:
+    """The gradients of the rows that meet the head, None where nothing below learns, and of what is trained of a head.
+
+    Args:
+        plan: of the loss.
+        tape: with its nodes where there are gradients.
+        lets_through: whether something below the head learns.
+    """
     recording = tape.nodes is not None
     rows = loss_rows(plan.trained, plan.chunk_rows)
     chunk = min(plan.chunk_rows, rows)
-    gradient = Tensor(tape, rows * plan.row_bytes) if recording else None
+    gradient = Tensor(tape, rows * plan.row_bytes) if recording and lets_through else None
+    trained: list[Tensor] = []
     if not plan.trained:
-        return gradient, None
-    of_head = head = None
+        return gradient, trained
+    copies = []
+    wide = FLOAT32 * plan.head_bytes // plan.compute_bytes
     if plan.trains_head:
-        wide = FLOAT32 * plan.head_bytes // plan.compute_bytes
-        of_head = Tensor(tape, wide) if recording else None
-        head = Tensor(tape, 0 if plan.compute_bytes == FLOAT32 else plan.head_bytes)
+        trained += [Tensor(tape, wide)] if recording else []
+        copies.append(Tensor(tape, 0 if plan.compute_bytes == FLOAT32 else plan.head_bytes))
+    if plan.rank:
+        # A and B, their copies in the compute dtype, and what is dropped.
+        sizes = [plan.rank * plan.row_bytes, plan.rank * plan.compute_bytes * plan.vocab]
+        trained += [Tensor(tape, FLOAT32 * size // plan.compute_bytes) for size in sizes if recording]
+        copies += [Tensor(tape, size) for size in sizes if plan.compute_bytes != FLOAT32]
+        copies.append(Tensor(tape, plan.masked_tokens * plan.row_bytes if recording else 0))
     buffer = Tensor(tape, chunk * plan.vocab * plan.compute_bytes)
     picked = Tensor(tape, chunk * plan.row_bytes)
     # The rows of the chunk before live until the next ones are there.
     tape.touch(min(chunk, rows - chunk) * plan.row_bytes)
+    inner_bytes = chunk * plan.rank * plan.compute_bytes
+    masked = chunk * plan.row_bytes if plan.masked_tokens and recording else 0
+    mask = Tensor(tape, masked)
+    tape.touch(masked + inner_bytes)
+    inner = Tensor(tape, inner_bytes)
     step = max(1, min(chunk, plan.trained, plan.scratch_bytes // (FLOAT32 * plan.vocab)))
     tape.touch((2 if plan.softcap and recording else 1) * step * plan.vocab * FLOAT32)
     if recording:
-        tape.touch(plan.adding_bytes)
-    del buffer, picked, head
-    return gradient, of_head
+        of_a, of_b = plan.adding_rank_bytes
+        tape.touch(max(plan.adding_bytes, inner_bytes + max(masked + of_a, of_b) if plan.rank else 0))
+    del buffer, picked, copies, inner, mask
+    return gradient, trained

@@ -176,6 +176,40 @@ class Operations:
         out.node = tape.record_plain((), back)
         return out
 
+    def add_rows(self, rows: Tensor, rank: int, vocabulary: int, hidden: int, *, alone: bool) -> Tensor:
+        """Rows of a frozen table, and a trained low-rank product for their ids: one node (engine.methods.lora_tables).
+
+        Args:
+            rows: of the table.
+            rank: of the product.
+            vocabulary: entries of its longer factor for each of the rank.
+            hidden: the same of the other one.
+            alone: whether the longer factor has no gradient yet.
+        """
+        tape, c = self.tape, self.compute_bytes
+        low = 0 if c == FLOAT32 else c
+        copy, wide = low * rank * hidden, FLOAT32 * rank * self.tokens
+        inner = Tensor(tape, c * rank * self.tokens)
+        tape.touch(max(wide if low else 0, copy + rows.size, 2 * rows.size))
+        out = Tensor(tape, rows.size)
+        if tape.nodes is None:
+            return out
+
+        def back(node: Node) -> list[Tensor | None]:
+            g = node.take()
+            tape.touch(copy + c * rank * self.tokens)
+            g_inner = Tensor(tape, c * rank * self.tokens)
+            longer = Tensor(tape, FLOAT32 * rank * vocabulary if alone else 0)
+            tape.rename(longer, GRADIENTS)
+            tape.touch(wide if low else 0)
+            tape.touch(copy)
+            shorter = Tensor(tape, FLOAT32 * rank * hidden)
+            del g, g_inner
+            return [longer, shorter]
+
+        out.node = tape.record((), back, inner)
+        return out
+
     # Parts of a layer --------------------------------------------------------------------------------------------
 
     def linear(self, x: Tensor, plan: LinearPlan) -> Tensor:

@@ -22,7 +22,7 @@ from edgepeft.methods.norm import Norm, NormConfig
 from edgepeft.methods.prefix import Prefix, PrefixConfig
 from edgepeft.methods.prompt import Prompt, PromptConfig
 from edgepeft.methods.sparse import Sparse, SparseConfig
-from edgepeft.methods.terms import Branch, BranchTerms, LinearTerms, Method, PrefixTerms, Trained
+from edgepeft.methods.terms import Branch, BranchTerms, LinearTerms, Method, PrefixTerms, TableTerms, Trained
 from edgepeft.models.shape import ModelShape
 
 MethodConfig = (
@@ -128,6 +128,7 @@ __all__ = [
     "Method",
     "MethodConfig",
     "PrefixTerms",
+    "TableTerms",
     "Trained",
     "count_parameters",
     "id_of",
