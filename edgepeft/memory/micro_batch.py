@@ -227,8 +227,8 @@ def _forward(
     else:
         embeddings = Tensor(tape, size)
     if plan.embedding_rank:
-        entries = plan.loss.head_bytes // plan.loss.row_bytes, plan.loss.row_bytes // plan.compute_bytes
-        embeddings = ops.add_rows(embeddings, plan.embedding_rank, *entries, alone=alone)
+        width = plan.loss.row_bytes // plan.compute_bytes
+        embeddings = ops.add_rows(embeddings, plan.embedding_rank, plan.loss.vocab, width, alone=alone)
     given = None
     if plan.leading_rows:
         _put_rows_before(plan, ops, embeddings)
