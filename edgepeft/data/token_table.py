@@ -63,6 +63,24 @@ class TokenFile:
             last[found] = (places[within - 1] - begin)[within > below]
         return last, count
 
+    def tokens_before(self, indices: Indices, ends: Ints) -> Indices:
+        """Which ids occur in samples, of each its first `ends` tokens: int64, in order, each once."""
+        seen = np.zeros(0, np.bool_)
+        chunk_of = np.searchsorted(self._starts, indices, side="right") - 1
+        for chunk in np.unique(chunk_of):
+            chosen = np.flatnonzero(chunk_of == chunk)
+            offsets, values = self._ids[chunk]
+            begin = offsets[indices[chosen] - self._starts[chunk]]
+            # +1 where a sample begins and -1 where it ends: samples do not overlap.
+            inside = np.zeros(len(values) + 1, np.int8)
+            np.add.at(inside, begin, 1)
+            np.add.at(inside, begin + ends[chosen], -1)
+            found = np.unique(values[np.cumsum(inside[:-1], dtype=np.int8) > 0])
+            if len(found) and int(found[-1]) >= len(seen):
+                seen = np.concatenate([seen, np.zeros(int(found[-1]) + 1 - len(seen), np.bool_)])
+            seen[found] = True
+        return np.flatnonzero(seen)
+
     def sample(self, index: int) -> tuple[Ints, Flags]:
         """ids int32 [length] and mask bool [length]; read-only views into the file."""
         chunk = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -115,6 +133,11 @@ class TokenTable:
         has 0 and 0.
         """
         return self._file.trained_spans(self._indices, self._max_seq_len)
+
+    def tokens(self) -> Indices:
+        """Which ids occur in what is trained on, int64, in order, each once; the last trained token is among it."""
+        last, trained = self.trainable()
+        return self._file.tokens_before(self._indices, np.where(trained > 0, last + 1, 0).astype(np.int32))
 
     def line(self, index: int) -> int:
         """Line (in parquet: row) of the record that the sample comes from."""

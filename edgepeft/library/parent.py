@@ -13,9 +13,9 @@ from edgepeft.errors import BadInput, EdgepeftError, UsageError
 from edgepeft.library.card import Card
 from edgepeft.library.peft_config import method_id_of
 from edgepeft.library.store import CONFIG_FILE, AdapterFolder, check_base, resolve_adapter, weights_digest
-from edgepeft.library.tensors import lora_dimensions
+from edgepeft.library.tensors import lora_dimensions, table_ranks
 from edgepeft.methods import LoraConfig, MethodConfig, id_of, method_of
-from edgepeft.methods.targets import matching
+from edgepeft.methods.targets import TABLE_NAMES, matching, table_of
 from edgepeft.models.headers import TensorHeader, read_header
 from edgepeft.models.shape import ModelShape
 from edgepeft.spec import ParentRef
@@ -174,7 +174,7 @@ def _method(adapter: AdapterFolder, shape: ModelShape) -> MethodConfig:
 
 
 def _lora(adapter: AdapterFolder, shape: ModelShape) -> LoraConfig:
-    """The config of a LoRA of one alpha on whole kinds of linears, each kind of one rank.
+    """The config of a LoRA of one alpha on whole kinds of linears, each kind of one rank, and on embedding or head.
 
     Raises:
         BadInput: it is another kind of LoRA.
@@ -182,7 +182,8 @@ def _lora(adapter: AdapterFolder, shape: ModelShape) -> LoraConfig:
     settings, where = adapter.config, str(adapter.path / CONFIG_FILE)
     hint = "Use it as it is in chat, or train a new adapter without --from"
     tensors = read_header(adapter.weights)
-    ranks = _ranks(tensors)
+    tables = table_ranks(tensors)
+    ranks = _ranks(tensors) | {name: {rank} for name, rank in tables.items()}
     several = sorted({rank for found in ranks.values() for rank in found})
     told_of = bool(settings.get("rank_pattern")) and isinstance(settings.get("r"), int)
     if not ranks or any(len(found) > 1 for found in ranks.values()) or not (told_of or several == [settings.get("r")]):
@@ -212,15 +213,19 @@ def _lora(adapter: AdapterFolder, shape: ModelShape) -> LoraConfig:
                 hint=hint,
             )
     try:
-        own = {name: min(ranks[name]) for name in found if min(ranks[name]) != settings["r"]}
+        own = {name: min(found) for name, found in ranks.items() if min(found) != settings["r"]}
         return LoraConfig(
             rank=int(settings["r"]),
             alpha=float(alpha),
-            targets=_shortest(tuple(found), shape),
+            targets=(*(_shortest(tuple(found), shape) if found else ()), *sorted(tables)),
             dropout=float(dropout),
             rank_stabilised=bool(settings.get("use_rslora")),
             dora=bool(settings.get("use_dora")),
-            ranks={ending: rank for name, rank in own.items() for ending in _shortest((name,), shape)},
+            ranks={
+                ending: rank
+                for name, rank in own.items()
+                for ending in ((name,) if name in tables else _shortest((name,), shape))
+            },
         )
     except UsageError as error:
         raise BadInput(error.what, where=where, hint=error.hint) from error
@@ -246,4 +251,6 @@ def _shortest(names: tuple[str, ...], shape: ModelShape) -> tuple[str, ...]:
 
 
 def _names(targets: tuple[str, ...], shape: ModelShape) -> set[str]:
-    return {linear.name for linear in matching(targets, shape)}
+    """The linears of a layer, and embedding and head, that targets stand for."""
+    tables = {TABLE_NAMES[table][0] for target in targets if (table := table_of(target)) is not None}
+    return tables | {linear.name for linear in matching([name for name in targets if table_of(name) is None], shape)}

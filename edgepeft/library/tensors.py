@@ -6,10 +6,16 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
+from edgepeft.methods.targets import TABLE_NAMES
 from edgepeft.models.headers import TensorHeader
 from edgepeft.models.shape import ModelShape
 
 _LORA = re.compile(r"(?:^|\.)layers\.(?P<layer>\d+)\.(?P<linear>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight$")
+
+_TABLE = re.compile(
+    rf"(?:^|\.)(?P<table>{'|'.join(name for names in TABLE_NAMES.values() for name in names)})\."
+    r"(?P<part>lora_embedding_A|lora_A|lora_B|base_layer)(?:\.[^.]+)?(?:\.weight)?$"
+)
 
 
 def from_layers(path: str) -> str:
@@ -35,8 +41,25 @@ def lora_dimensions(tensors: Iterable[TensorHeader]) -> dict[str, dict[int, tupl
     return found
 
 
+def table_ranks(tensors: Iterable[TensorHeader]) -> dict[str, int]:
+    """The ranks of LoRA pairs of the embedding and the output head, by what the model calls these."""
+    found: dict[str, int] = {}
+    for tensor in tensors:
+        match = _TABLE.search(tensor.name)
+        if match is not None and match["part"] in ("lora_embedding_A", "lora_A") and tensor.shape:
+            found[match["table"]] = tensor.shape[0]
+    return found
+
+
 def shape_mismatch(tensors: Iterable[TensorHeader], config: dict[str, Any], shape: ModelShape) -> str | None:
     """Why the adapter cannot belong to a base of this shape; None when every dimension agrees."""
+    tensors = list(tensors)
+    for tensor in tensors:
+        match = _TABLE.search(tensor.name)
+        if match is not None and match["part"] != "lora_A" and len(tensor.shape) == 2:
+            tokens = tensor.shape[1 if match["part"] == "lora_embedding_A" else 0]
+            if tokens != shape.vocab:
+                return f"its {match['table']} has {tokens} tokens, and this base has {shape.vocab}"
     found = lora_dimensions(tensors)
     known = {linear.name: linear for linear in shape.linears}
     for name, layers in found.items():

@@ -56,6 +56,7 @@ from edgepeft.engine.training.step import MicroBatchTooLarge, StepRunner, StepSu
 from edgepeft.engine.training.stopping import StopRequests, StopRun
 from edgepeft.engine.training.unfreezing import Unfreezing
 from edgepeft.engine.training.update import AdapterUpdate
+from edgepeft.engine.training.vocabulary import check_vocabulary
 from edgepeft.errors import BadInput, OutOfMemory
 from edgepeft.plan.train_plan import TrainPlan
 from edgepeft.plan.unfreezing import work_of_steps
@@ -203,6 +204,8 @@ class Training:
                 where=self._recipe.data.path,
                 hint="Raise --max-seq-len, or let longer samples be truncated",
             )
+        if told := check_vocabulary(loaded, train.table, self._recipe):
+            emit(Warned(message=told))
         self.steps = total_steps(
             len(self.train), self._recipe.samples_per_step, self._recipe.epochs, self._recipe.max_steps
         )
