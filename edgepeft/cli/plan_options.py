@@ -61,7 +61,11 @@ class PlanOptions(msgspec.Struct, frozen=True):
     alpha: Annotated[float | None, typer.Option("--alpha", help="LoRA alpha.", show_default=False)] = None
     targets: Annotated[
         str | None,
-        typer.Option("--targets", help="Linear layers to adapt, with commas; or all-linear.", show_default=False),
+        typer.Option(
+            "--targets",
+            help="Linear layers to adapt, with commas; or all-linear. Beside them embed_tokens and lm_head.",
+            show_default=False,
+        ),
     ] = None
     dropout: Annotated[float | None, typer.Option("--dropout", help="LoRA dropout.", show_default=False)] = None
     max_seq_len: Annotated[

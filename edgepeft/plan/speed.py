@@ -173,7 +173,9 @@ def _operations(
     """Operations of samples that run `times` times each through every layer, and back through `learning` of them."""
     weights = shape.layers * shape.linear_parameters_per_layer
     config, method = spec.recipe.method, method_of(spec.recipe.method)
-    adapter = learned = count_parameters(config, shape)
+    # What is beside the embedding is looked up, and what is beside the head multiplies trained rows alone.
+    tables, width = method.table_terms(config), shape.vocab + shape.hidden
+    adapter = learned = count_parameters(config, shape) - width * (tables.embedding_rank + tables.head_rank)
     if method.needs_dense_base:
         # A copy in place of the base's weights is no further product; its gradients are.
         adapter, learned = 0, weights
@@ -186,15 +188,16 @@ def _operations(
     # Of causal scores one half is needed: two products of length² / 2 entries for each head's width.
     squares = float((tokens.astype(np.float64) ** 2 * times).sum())
     attention = 2.0 * shape.layers * shape.heads * shape.head_dim * squares
-    head = 2.0 * shape.vocab * shape.hidden * float((trained * times).sum())
+    rows = float((trained * times).sum())
+    head, beside_head = 2.0 * shape.vocab * shape.hidden * rows, 2.0 * width * tables.head_rank * rows
     layers = 2.0 * (weights + adapter) * all_tokens + attention
     work = method.relative_work(config)
     if not learning:
-        return work * (layers + head)
+        return work * (layers + head + beside_head)
     # Backward and recomputation; the adapter's own gradients, and the second half of the attention's backward.
     again = layers if spec.layout.checkpointing == "none" else 2.0 * layers
     layers += learning * (again + 2.0 * learned * all_tokens + attention)
-    return work * (layers + (3.0 if trains_head else 2.0) * head)
+    return work * (layers + (3.0 if trains_head else 2.0) * head + 3.0 * beside_head)
 
 
 def find_rate(device: PlanDevice, spec: RunSpec, shape: ModelShape) -> Rate | None:

@@ -22,6 +22,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "scripts" / "bench"
 from accuracy.closed_form import Case, compare, draw
 
 from edgepeft.chat.protocol import AdapterUse, Sampling
+from edgepeft.engine.combine import jobs
+from edgepeft.engine.combine.composition import combine
+from edgepeft.engine.combine.outline import open_outline
 from edgepeft.engine.inference.generate import generate
 from edgepeft.engine.inference.score import score_losses
 from edgepeft.engine.inference.session import Session
@@ -35,11 +38,18 @@ from edgepeft.engine.training.loss import Head, summed_loss
 from edgepeft.engine.training.memory import MemoryGauge
 from edgepeft.engine.training.step import StepRunner
 from edgepeft.errors import BadInput, UsageError
+from edgepeft.library.combine_client import request_for
+from edgepeft.library.combine_parts import weighted_parts
+from edgepeft.library.combined_card import adapter_config
+from edgepeft.library.combining import plan_combination
+from edgepeft.library.merging import ExportRequest
+from edgepeft.library.parent import find_parent
 from edgepeft.methods import LoraConfig, count_parameters
 from edgepeft.models.store import ensure_model
 from edgepeft.spec import Layout
+from merging import merge
 from shapes import run_spec
-from tiny import write_tokenizer
+from tiny import write_tiny_model, write_tokenizer
 
 CPU = torch.device("cpu")
 IDS = torch.randint(1, 250, (2, 19), generator=torch.Generator().manual_seed(5))
@@ -92,8 +102,8 @@ def moved(loaded: LoadedModel, config: LoraConfig, name: str = "a") -> AttachedA
     return adapter
 
 
-def move(parameters: Any) -> None:
-    generator = torch.Generator().manual_seed(1)
+def move(parameters: Any, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in parameters:
             parameter += torch.randn(parameter.shape, generator=generator) * 0.1
@@ -386,6 +396,72 @@ def test_settings_that_cannot_be_meant_are_refused(tiny_model: Path, options: An
     if "other" not in message:
         with pytest.raises(UsageError, match=message.replace(" of lm_head", "")):
             count_parameters(LoraConfig(rank=4, **options), loaded.shape)
+
+
+# Combining, merging, exporting, continuing ---------------------------------------------------------------------------
+
+
+def saved(folder: Path, loaded: LoadedModel, targets: tuple[str, ...], seed: int) -> Path:
+    adapter = attach(loaded, str(seed), LoraConfig(rank=2 + seed, targets=targets), seed=seed)
+    move(adapter.named_parameters().values(), seed)
+    save_adapter(folder, adapter, loaded.entry.name)
+    return folder
+
+
+def test_heads_are_combined_exactly_and_embeddings_refused(tmp_path: Path) -> None:
+    loaded = load(write(tmp_path / "model", "llama, tied"))
+    one = saved(tmp_path / "one", loaded, ("lm_head", "q_proj"), 1)
+    two = saved(tmp_path / "two", loaded, ("lm_head",), 2)
+    set_active(loaded, [("1", 0.7), ("2", 0.3)])
+    expected = logits(loaded.model)
+    plan = plan_combination("mix", weighted_parts([f"{one}=0.7", f"{two}=0.3"])[0], "exact")
+    (tmp_path / "mix").mkdir()
+    made = combine(request_for(plan, tmp_path / "mix" / "adapter_model.safetensors"))
+    (tmp_path / "mix" / "adapter_config.json").write_text(json.dumps(adapter_config(plan, made.ranks)))
+    read_adapter(tmp_path / "mix", loaded, "mix")
+    set_active(loaded, [("mix", 1.0)])
+    torch.testing.assert_close(logits(loaded.model), expected, rtol=1e-4, atol=1e-4)
+    other = saved(tmp_path / "other", loaded, ("embed_tokens",), 3)
+    with pytest.raises(BadInput, match="lora_embedding_A belongs to no LoRA beside a linear layer"):
+        weighted_parts([f"{one}=1", f"{other}=1"])
+
+
+@pytest.mark.parametrize(
+    ("targets", "named"), [(("all-linear", "embed_tokens"), "embed_tokens"), (BOTH[2:], "lm_head")]
+)
+def test_merging_and_exporting_say_what_they_leave(tmp_path: Path, targets: tuple[str, ...], named: str) -> None:
+    folder = write(tmp_path / "model", "llama, untied")
+    loaded = load(folder)
+    adapter = saved(tmp_path / "saved", loaded, targets, 1)
+    with pytest.raises(BadInput, match=rf"its update of (model\.)?{named} .* cannot be merged into weights"):
+        merge(loaded.entry, adapter, tmp_path / "merged")
+    for format in ("peft", "gguf"):
+        request = ExportRequest(loaded.entry.name, str(adapter), "title", str(tmp_path / format), format)
+        (tmp_path / format).mkdir()
+        with pytest.raises(BadInput, match=rf"it changes (model\.)?{named}, and only updates of the layers' linears"):
+            jobs.export(request, lambda what, fraction: None)
+        assert list((tmp_path / format).iterdir()) == []
+
+
+def test_pefts_adapter_is_read_by_what_reads_adapters_alone(tmp_path: Path) -> None:
+    """A base without values cannot be compared with the table that PEFT's file carries."""
+    folder = write(tmp_path / "model", "llama, tied")
+    settings: Any = PeftLoraConfig(r=4, target_modules=["embed_tokens", "lm_head"], task_type="CAUSAL_LM")
+    get_peft_model(plain(folder), settings).save_pretrained(tmp_path / "theirs")
+    outline = open_outline(ensure_model(str(folder)))
+    assert list(read_adapter(tmp_path / "theirs", outline, "t").updates) == ["model.embed_tokens", "lm_head"]
+
+
+def test_an_adapter_of_both_tables_can_be_continued(tmp_path: Path) -> None:
+    loaded = load(write(tmp_path / "model", "llama, tied"))
+    config = LoraConfig(rank=4, targets=("q_proj", "embed_tokens", "lm_head"), ranks={"lm_head": 8})
+    save_adapter(tmp_path / "saved", attach(loaded, "a", config, seed=0), "m")
+    assert find_parent(str(tmp_path / "saved"), loaded.entry).method == config
+    save_adapter(tmp_path / "head", attach(loaded, "b", LoraConfig(rank=4, targets=("lm_head",)), seed=0), "m")
+    assert find_parent(str(tmp_path / "head"), loaded.entry).method == LoraConfig(rank=4, targets=("lm_head",))
+    larger = ensure_model(str(write_tiny_model(tmp_path / "larger", vocab_size=300)))
+    with pytest.raises(BadInput, match="has 272 tokens, and this base has 300"):
+        find_parent(str(tmp_path / "head"), larger)
 
 
 # Memory --------------------------------------------------------------------------------------------------------------

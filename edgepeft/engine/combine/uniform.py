@@ -55,6 +55,12 @@ def make_uniform(adapter: AttachedAdapter, shapes: Mapping[str, tuple[int, int]]
     """
     updates: dict[str, LoraUpdate] = {}
     for path, update in adapter.updates.items():
+        if path not in shapes:
+            raise BadInput(
+                f"it changes {path}, and only updates of the layers' linears can be exported",
+                where=where,
+                hint="Use it with edgepeft chat, or train one without embed_tokens and lm_head",
+            )
         if not isinstance(update, LoraUpdate):
             raise BadInput(
                 f"its update of {path} is a {type(update).__name__}, and only LoRA can be exported",
