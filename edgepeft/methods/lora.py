@@ -7,6 +7,10 @@ rank-stabilised scaling (Kalajdzievski 2023, arXiv 2312.03732). B starts at zero
 With `dora` (Liu et al. 2024, *DoRA: Weight-Decomposed Low-Rank Adaptation*, arXiv 2402.09353) the sum W + s B A gives
 only directions: each of its rows is brought to a trained length m, which starts as the length of W's row. The length
 that is divided by counts as a constant in backward (section 4.3 there).
+
+The embedding and the output head get an update where they are targeted by name, as in all-linear,embed_tokens,lm_head:
+without it tokens that were added to a vocabulary stay as they are. An embedding's rows become E[ids] + s (Aᵀ)[ids] Bᵀ
+with A of shape [rank, vocabulary], which starts at zero, and B of [hidden, rank]; nothing of it is dropped.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgepeft.engine.ledger import LiveBytes
+from edgepeft.engine.training import added_head
 from edgepeft.engine.training import loss as loss_module
 from edgepeft.engine.training.loss import Head, head_of, knows_head, summed_loss
 from edgepeft.errors import BadInput
@@ -46,7 +47,7 @@ def test_a_trained_head_gets_its_gradient(chunk: int, options: dict[str, float],
 
 
 def test_a_trained_heads_gradient_is_formed_in_float32_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loss_module, "TABLE_ROWS", 20)
+    monkeypatch.setattr(added_head, "TABLE_ROWS", 20)
     hidden, weight, _, rows, targets = inputs(torch.bfloat16)
     trained = weight.float().requires_grad_()
     head = Head(trained)

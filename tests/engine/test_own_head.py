@@ -20,7 +20,7 @@ from edgepeft.engine.training import opening
 from edgepeft.engine.training.batches import Sample
 from edgepeft.engine.training.memory import MemoryGauge
 from edgepeft.engine.training.step import StepRunner
-from edgepeft.errors import BadInput
+from edgepeft.errors import BadInput, UsageError
 from edgepeft.methods import LoraConfig
 from edgepeft.models.store import ensure_model
 from edgepeft.runs.events import StepDone, Warned
@@ -72,8 +72,8 @@ def load(folder: Path) -> LoadedModel:
     return load_model(ensure_model(str(folder)), precision="fp32", compute_dtype="fp32", device=torch.device("cpu"))
 
 
-def adapted(loaded: LoadedModel) -> AttachedAdapter:
-    adapter = attach(loaded, "a", LoraConfig(rank=4, alpha=8.0), seed=0)
+def adapted(loaded: LoadedModel, targets: tuple[str, ...] = ("all-linear",)) -> AttachedAdapter:
+    adapter = attach(loaded, "a", LoraConfig(rank=4, alpha=8.0, targets=targets), seed=0)
     set_active(loaded, [("a", 1.0)])
     torch.manual_seed(2)
     with torch.no_grad():
@@ -110,12 +110,17 @@ def plain(loaded: LoadedModel, trained: int) -> float:
     return total
 
 
+@pytest.mark.parametrize("targets", [("all-linear",), ("all-linear", "embed_tokens", "lm_head")])
 @pytest.mark.parametrize("name", HEADS)
-def test_loss_and_gradients_are_those_of_plain_transformers(name: str, tiny_model: Path) -> None:
+def test_loss_and_gradients_are_those_of_plain_transformers(
+    name: str, targets: tuple[str, ...], tiny_model: Path
+) -> None:
+    if name == "sequential" and "lm_head" in targets:
+        pytest.skip("a head of several modules has no one update")
     change, by_row = HEADS[name]
     loaded = load(tiny_model)
     change(loaded.model)
-    adapter = adapted(loaded)
+    adapter = adapted(loaded, targets)
     trained = sum(len(sample.targets) for sample in samples())
     expected = plain(loaded, trained)
     parameters = adapter.named_parameters()
@@ -136,6 +141,19 @@ def test_loss_and_gradients_are_those_of_plain_transformers(name: str, tiny_mode
             torch.testing.assert_close(parameter.grad, gradients[key], rtol=1e-3, atol=1e-6, msg=key)
             parameter.grad = None
         assert runner.evaluate(samples(), layout).loss == pytest.approx(expected, rel=1e-5)
+
+
+def test_dropout_before_such_a_head_is_refused(tiny_model: Path) -> None:
+    loaded = load(tiny_model)
+    shifted(loaded.model)
+    for targets in (("q_proj",), ("q_proj", "lm_head")):
+        attach(loaded, targets[-1], LoraConfig(rank=4, targets=targets, dropout=0.1), seed=0)
+    set_active(loaded, [("q_proj", 1.0)])
+    assert "own code" in runner_of(loaded).check()
+    set_active(loaded, [("lm_head", 1.0)])
+    with pytest.raises(UsageError, match=r"dropout before the output head of Shifted.*--set dropout=0") as caught:
+        runner_of(loaded).check()
+    assert "\n" not in str(caught.value)
 
 
 def test_a_known_head_is_told_nothing_of(tiny_model: Path) -> None:
