@@ -235,8 +235,8 @@ def test_targets_are_all_decoder_linears_or_endings(tiny_model: Path) -> None:
     assert len(attach(loaded, "a", LoraConfig(rank=4), seed=0).updates) == 14
     chosen = attach(loaded, "b", LoraConfig(rank=4, targets=("self_attn.q_proj", "up_proj")), seed=0)
     assert [path.rsplit(".", 1)[-1] for path in chosen.updates] == ["q_proj", "up_proj"] * 2
-    with pytest.raises(UsageError, match=r"'lm_head' matches no linear layer.*down_proj, gate_proj"):
-        attach(loaded, "c", LoraConfig(rank=4, targets=("lm_head",)), seed=0)
+    with pytest.raises(UsageError, match=r"'wo' matches no linear layer.*down_proj, gate_proj"):
+        attach(loaded, "c", LoraConfig(rank=4, targets=("wo",)), seed=0)
     with pytest.raises(UsageError, match="rank 33 exceeds"):
         attach(loaded, "c", LoraConfig(rank=33), seed=0)
 

@@ -22,6 +22,7 @@ from edgepeft.engine.saving import save_tensors
 from edgepeft.errors import BadInput
 from edgepeft.library.peft_config import plain_lora_config
 from edgepeft.library.store import CONFIG_FILE, WEIGHTS_FILE
+from edgepeft.methods.targets import table_of
 
 
 class UniformLora(NamedTuple):
@@ -55,7 +56,7 @@ def make_uniform(adapter: AttachedAdapter, shapes: Mapping[str, tuple[int, int]]
     """
     updates: dict[str, LoraUpdate] = {}
     for path, update in adapter.updates.items():
-        if path not in shapes:
+        if table_of(path) is not None:
             raise BadInput(
                 f"it changes {path}, and only updates of the layers' linears can be exported",
                 where=where,
