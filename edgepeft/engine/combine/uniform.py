@@ -36,8 +36,8 @@ class UniformLora(NamedTuple):
 
 
 def is_plain_lora(adapter: AttachedAdapter) -> bool:
-    """Whether its updates are nothing but products of A and B."""
-    return all(isinstance(update, LoraUpdate) for update in adapter.updates.values())
+    """Whether its updates are nothing but products of A and B beside linears of layers."""
+    return all(isinstance(update, LoraUpdate) and table_of(path) is None for path, update in adapter.updates.items())
 
 
 def make_uniform(adapter: AttachedAdapter, shapes: Mapping[str, tuple[int, int]], where: str) -> UniformLora:
@@ -58,9 +58,9 @@ def make_uniform(adapter: AttachedAdapter, shapes: Mapping[str, tuple[int, int]]
     for path, update in adapter.updates.items():
         if table_of(path) is not None:
             raise BadInput(
-                f"it changes {path}, and only updates of the layers' linears can be exported",
+                f"it changes {path}, and llama.cpp takes updates of the layers' linears alone",
                 where=where,
-                hint="Use it with edgepeft chat, or train one without embed_tokens and lm_head",
+                hint="edgepeft adapters merge makes a model of it where embedding and head are two tables",
             )
         if not isinstance(update, LoraUpdate):
             raise BadInput(

@@ -19,7 +19,13 @@ from edgepeft.engine.methods.seeds import generator_of
 
 
 class EmbeddingLora:
-    """A and B of an embedding, and the trained scale s. Nothing is dropped, as PEFT drops nothing here."""
+    """A and B of an embedding, and the trained scale s.
+
+    Nothing is dropped, as PEFT drops nothing here. A padding token is trained where the data has it as a token of its
+    own, which PEFT leaves out: some models end answers with it.
+    """
+
+    alters = ("weight",)
 
     def __init__(self, A: nn.Parameter, B: nn.Parameter, factor: float) -> None:
         self.A = A
@@ -43,6 +49,11 @@ class EmbeddingLora:
     def tensors(self) -> tuple[Tensor, ...]:
         """A and B."""
         return self.A, self.B
+
+    def merge_into(self, parameter: str, values: Tensor, rows: slice) -> None:
+        """E += s Aᵀ Bᵀ; see `Mergeable`."""
+        with torch.no_grad():
+            values.addmm_(self.A[:, rows].float().t(), self.B.float().t(), alpha=self.factor)
 
     def added_rows(self, ids: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
         """See `RowsUpdate`."""

@@ -42,7 +42,8 @@ def set_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
 
 
 def _groups(parameters: Mapping[str, nn.Parameter], settings: Optimizer) -> list[dict[str, Any]]:
-    """All parameters at one rate, or LoRA's B at a multiple of it (LoRA+, arXiv 2402.12354), chosen as PEFT does."""
+    """All parameters at one rate, or LoRA's B at a multiple of it (LoRA+, arXiv 2402.12354), chosen as PEFT does; an
+    embedding's LoRA, for which PEFT has a third rate, is not among them."""
     ratio = settings.lora_plus_ratio
     fast = [name for name, value in parameters.items() if "lora_B" in name or value.dim() == 1]
     if ratio == 1 or not fast:
