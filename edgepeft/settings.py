@@ -23,6 +23,12 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_def
     """Preset: quality, balanced, speed or prototype."""
     theme: str | None = None
     """Theme of the terminal UI."""
+    glyphs: str | None = None
+    """Signs of the terminal UI: unicode or ascii; None asks the terminal."""
+    spacing: str | None = None
+    """Spacing of the terminal UI: roomy or compact."""
+    keys: dict[str, str] = {}
+    """Keys of the terminal UI: an action's id, such as train.stop, and its keys with commas between."""
     co2_grams_per_kwh: float | str | None = None
     """Grams of CO₂ of one kWh where you are, for the estimate beside a run's energy; None is the world's average."""
 
@@ -31,7 +37,9 @@ WORLD_CO2_GRAMS_PER_KWH = 445.0
 """Mean of the world's electricity in 2024: International Energy Agency, *Electricity 2025*, chapter Emissions."""
 _LARGEST_CO2_GRAMS = 5000.0
 """Above any grid; lignite alone gives some 1,200."""
-_ENVIRONMENT = {name: f"EDGEPEFT_{name.upper()}" for name in Settings.__struct_fields__}
+_KEYS = "keys."
+"""What comes before an action's id where one key of the UI is set."""
+_ENVIRONMENT = {name: f"EDGEPEFT_{name.upper()}" for name in Settings.__struct_fields__ if name != "keys"}
 
 
 def stored_settings() -> Settings:
@@ -51,7 +59,7 @@ def stored_settings() -> Settings:
         return msgspec.convert(tomllib.loads(text), Settings)
     except (tomllib.TOMLDecodeError, msgspec.ValidationError) as error:
         raise BadInput(
-            f"not valid settings: {error}", where=str(path), hint="Known keys: " + ", ".join(_ENVIRONMENT)
+            f"not valid settings: {error}", where=str(path), hint="Known keys: " + ", ".join(Settings.__struct_fields__)
         ) from error
 
 
@@ -84,14 +92,22 @@ def carbon_factor() -> float:
 
 
 def store_setting(key: str, value: str | None) -> None:
-    """Writes one key to config.toml; None removes it.
+    """Writes one key to config.toml; None removes it. `keys.ID` is a key of the terminal UI.
 
     Raises:
         UsageError: the key is not known.
     """
-    if key not in _ENVIRONMENT:
-        raise UsageError(f"unknown setting {key!r}", where="config", hint="Known: " + ", ".join(_ENVIRONMENT))
     import tomli_w
 
-    changed: dict[str, Any] = msgspec.to_builtins(msgspec.structs.replace(stored_settings(), **{key: value}))
+    action = key.removeprefix(_KEYS) if key.startswith(_KEYS) else ""
+    if not action and key not in _ENVIRONMENT:
+        known = ", ".join([*_ENVIRONMENT, f"{_KEYS}ACTION"])
+        raise UsageError(f"unknown setting {key!r}", where="config", hint=f"Known: {known}")
+    stored = stored_settings()
+    if action:
+        others = {name: keys for name, keys in stored.keys.items() if name != action}
+        stored = msgspec.structs.replace(stored, keys=others if value is None else others | {action: value})
+    else:
+        stored = msgspec.structs.replace(stored, **{key: value})
+    changed: dict[str, Any] = msgspec.to_builtins(stored)
     write_atomic(home().config_file, tomli_w.dumps({name: kept for name, kept in changed.items() if kept is not None}))

@@ -27,6 +27,9 @@ def show(as_json: JsonFlag = False) -> None:
         return
     stored = msgspec.structs.asdict(stored_settings())
     grid = table("setting", "value", "from")
+    keys = in_force.pop("keys")
+    for action, value in keys.items():
+        row(grid, f"keys.{action}", value, "config.toml")
     for key, value in in_force.items():
         origin = "default" if value is None else "config.toml" if value == stored[key] else "environment"
         row(grid, key, "–" if value is None else str(value), origin)

@@ -89,7 +89,7 @@ def test_keys_move_between_the_lists_and_name_the_next_command(monkeypatch: pyte
 
 def test_an_empty_home_says_what_to_do_first(monkeypatch: pytest.MonkeyPatch) -> None:
     def check(app: EdgepeftApp, pilot: object) -> None:
-        assert "edgepeft demo" in str(app.screen.query_one("#next", Static).render())
+        assert "first run" in str(app.screen.query_one("#next", Static).render())
 
     _drive(monkeypatch, check, shelves=Shelves((), (), ()))
 
@@ -105,7 +105,7 @@ def test_a_refresh_keeps_the_highlighted_row(monkeypatch: pytest.MonkeyPatch) ->
         monkeypatch.setattr(
             ui, "read_shelves", lambda: Shelves((newer, *SHELVES.runs), SHELVES.adapters, SHELVES.models)
         )
-        await pilot.press("f5")
+        await pilot.press("ctrl+r")
         await app.workers.wait_for_complete()
         await pilot.pause()
         assert shelf.option_count == 3

@@ -2,63 +2,61 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, cast
 
 from rich.text import Text
 from textual import on
 from textual.app import ComposeResult
-from textual.binding import Binding, BindingType
+from textual.binding import BindingType
 from textual.containers import Horizontal, Vertical
-from textual.screen import Screen
-from textual.widgets import Footer, OptionList, Static
+from textual.widgets import OptionList, Static
 
+from edgepeft_tui.actions import bindings
 from edgepeft_tui.messages import MachineRead, ShelvesRead
+from edgepeft_tui.screens.room import Room
 from edgepeft_tui.text import visible
 from edgepeft_tui.widgets.memory_bars import MemoryBars
 from edgepeft_tui.widgets.shelf import Shelf
 
 _FIRST_STEPS = (
-    "Nothing is here yet. In a shell:  edgepeft demo  trains and scores a first adapter in a few minutes;  "
-    "edgepeft models add FOLDER  brings a model;  edgepeft train MODEL DATA --name N  trains on your own file."
+    "Nothing was trained here yet.\n"
+    "d  plan a first run: the embedded model on the demo's alerts; enter starts it\n"
+    "n  plan a run of your own: model, data, and what fits    s  find base models on this disk"
 )
+_ROOMS = {"runs": ("train", "run"), "adapters": ("chat", "adapter"), "models": ("plan", "model")}
+"""Where enter on a row goes, and what the row is called there."""
 
 
-class HomeScreen(Screen[None]):
-    """Shows what exists and keeps it fresh; the App's workers do the reading."""
+class HomeScreen(Room):
+    """Shows what exists and keeps it fresh; the app's workers do the reading."""
 
+    AREA = "home"
     CSS_PATH = "home.tcss"
-    HORIZONTAL_BREAKPOINTS = [(0, "-narrow"), (80, "-wide")]
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("r", "focus_shelf('runs')", "Runs", id="home.runs", tooltip="Move to the list of runs"),
-        Binding("a", "focus_shelf('adapters')", "Adapters", id="home.adapters", tooltip="Move to the adapters"),
-        Binding("m", "focus_shelf('models')", "Models", id="home.models", tooltip="Move to the base models"),
-    ]
+    BINDINGS: ClassVar[list[BindingType]] = bindings("home")
     HELP = (
         "Home shows the machine, the runs with their true state, the adapters and the models. Move between the lists "
-        "with tab or r, a, m; the line above the footer is the command that goes on with the highlighted row."
+        "with tab or r, a, m. Enter watches a run, chats with an adapter, or plans a run on a model; the line above "
+        "the footer is the command that does the same in a shell."
     )
 
-    def compose(self) -> ComposeResult:
-        """Top line, machine, three shelves, the command line, footer."""
-        yield Static("", id="title", markup=False)
-        with Vertical(id="machine"):
+    def content(self) -> ComposeResult:
+        """Machine, three shelves, the command line."""
+        with Vertical(id="machine", classes="frame"):
             yield MemoryBars(id="memory")
         with Horizontal(id="work"):
-            yield Shelf("Runs (r)", "No run yet", id="runs")
+            yield Shelf("Runs (r)", "No run yet: d plans a first one", id="runs")
             yield Shelf("Adapters (a)", "No adapter yet", id="adapters")
-        yield Shelf("Models (m)", "No model yet: edgepeft models scan finds those on this disk", id="models")
+        yield Shelf("Models (m)", "No model yet: s finds those on this disk", id="models")
         yield Static("", id="next", markup=False)
-        yield Footer()
 
     def on_mount(self) -> None:
         """Names the machine's frame."""
         self.query_one("#machine").border_title = "Machine"
-        self._show_title("")
 
     @on(MachineRead)
     def _machine_read(self, message: MachineRead) -> None:
         self.query_one(MemoryBars).bars = message.machine.bars
-        self._show_title(message.machine.title)
+        self.query_one("#machine").border_title = Text(f"Machine · {visible(message.machine.title)}").markup
 
     @on(ShelvesRead)
     def _shelves_read(self, message: ShelvesRead) -> None:
@@ -76,6 +74,13 @@ class HomeScreen(Screen[None]):
     def _row_highlighted(self) -> None:
         self._show_command()
 
+    @on(OptionList.OptionSelected)
+    async def _row_selected(self, event: OptionList.OptionSelected) -> None:
+        shelf = cast(Shelf, event.option_list)
+        if shelf.selected_row is not None:
+            room, what = _ROOMS[str(shelf.id)]
+            await self._app.go(room, **{what: shelf.selected_row.key})
+
     def on_descendant_focus(self) -> None:
         """Another list has the focus, and with it another command is next."""
         self._show_command()
@@ -83,6 +88,19 @@ class HomeScreen(Screen[None]):
     def action_focus_shelf(self, shelf: str) -> None:
         """Moves the focus to one of the lists."""
         self.query_one(f"#{shelf}", Shelf).focus()
+
+    async def action_new_run(self) -> None:
+        """Plans a run on the highlighted model."""
+        row = self.query_one("#models", Shelf).selected_row
+        await self._app.go("plan", **({"model": row.key} if row is not None else {}))
+
+    async def action_plan_demo(self) -> None:
+        """Plans a run of the demo."""
+        await self._app.go("plan", demo=True)
+
+    async def action_scan_models(self) -> None:
+        """Looks for models where a run is planned."""
+        await self._app.go("plan", scan=True)
 
     def _show_command(self) -> None:
         focused = self.focused
@@ -92,8 +110,3 @@ class HomeScreen(Screen[None]):
 
     def _show_next(self, text: Text) -> None:
         self.query_one("#next", Static).update(text)
-
-    def _show_title(self, device: str) -> None:
-        self.query_one("#title", Static).update(
-            Text.assemble(("edgepeft", "bold"), ("   " + visible(device) if device else "", ""), ("   offline", "dim"))
-        )

@@ -6,6 +6,7 @@ from rich.text import Text
 from textual.reactive import reactive
 from textual.widget import Widget
 
+from edgepeft_tui.glyphs import glyphs
 from edgepeft_tui.readings import Bar
 from edgepeft_tui.text import visible
 
@@ -33,8 +34,8 @@ class MemoryBars(Widget):
             filled = round(share * bar_width)
             lines.append("\n" if index else "")
             lines.append(f"{bar.label:<5} ", style="bold")
-            lines.append("█" * filled, style="red" if share > 0.92 else "green")
-            lines.append("░" * (bar_width - filled), style="dim")
+            lines.append(glyphs().full * filled, style="red" if share > 0.92 else "green")
+            lines.append(glyphs().empty * (bar_width - filled), style="dim")
             lines.append(f"{bar.used_bytes / _GIB:.1f} / {bar.total_bytes / _GIB:.1f} GiB".rjust(_NUMBERS))
             if note_width:
                 lines.append("  " + visible(bar.note)[:note_width], style="dim")

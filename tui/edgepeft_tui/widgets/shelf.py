@@ -6,10 +6,20 @@ from rich.text import Text
 from textual.widgets import OptionList
 from textual.widgets.option_list import Option
 
-from edgepeft_tui.readings import Row
+from edgepeft_tui.glyphs import glyphs
+from edgepeft_tui.readings import Mark, Row
 from edgepeft_tui.text import visible
 
-_SIGNS = {"running": ("●", "green"), "done": ("✓", "green"), "trouble": ("✗", "red"), "plain": (" ", "")}
+
+def sign_of(mark: Mark) -> tuple[str, str]:
+    """The sign of a row, and its style; the sign alone says enough."""
+    signs = glyphs()
+    return {
+        "running": (signs.running, "green"),
+        "done": (signs.done, "green"),
+        "trouble": (signs.trouble, "red"),
+        "plain": (" ", ""),
+    }[mark]
 
 
 class Shelf(OptionList):
@@ -33,7 +43,7 @@ class Shelf(OptionList):
             return
         name_width = min(28, max(len(row.key) for row in rows))
         for row in rows:
-            sign, style = _SIGNS[row.mark]
+            sign, style = sign_of(row.mark)
             line = Text(no_wrap=True, overflow="ellipsis")
             line.append(f"{sign} ", style=style)
             line.append(f"{visible(row.key)[:name_width]:<{name_width}}", style="bold")

@@ -1,0 +1,92 @@
+"""Every action of the UI that a key can have: one table, from which bindings, palette and help are made.
+
+An action's id is what config.toml names to give it another key:
+
+    [keys]
+    "train.stop" = "ctrl+s,f8"
+"""
+
+from __future__ import annotations
+
+import msgspec
+from textual.binding import Binding, BindingType
+
+
+class Action(msgspec.Struct, frozen=True):
+    """Something that can be done on a screen."""
+
+    id: str
+    """`AREA.WORD`; the area is `app` or a screen's."""
+    key: str
+    """Default keys, with commas between."""
+    run: str
+    """Textual's action string, for the screen or the app."""
+    label: str
+    """A word or two, for the footer."""
+    tooltip: str
+    """What it does, as a sentence without its full stop."""
+    show: bool = False
+    """Whether the footer has it: at most five of a screen, beside help and the palette."""
+    priority: bool = False
+    """Whether it comes before what the focused widget does with the key."""
+
+
+APP = (
+    Action("app.help", "f1", "toggle_help", "Help", "Say what the focused part is and which keys it has", show=True),
+    Action("app.home", "f2", "go('home')", "Home", "Machine, runs, adapters and models at one glance"),
+    Action("app.plan", "f3", "go('plan')", "Plan", "Plan a run: what fits, what it costs, and why"),
+    Action("app.train", "f4", "go('train')", "Train", "Watch runs, pause, stop and resume them"),
+    Action("app.chat", "f5", "go('chat')", "Chat", "Talk with a base and its adapters"),
+    Action("app.adapters", "f6", "go('adapters')", "Adapters", "Keep, compare, combine and export adapters"),
+    Action("app.settings", "f7", "go('settings')", "Settings", "Folders, theme, keys and spacing"),
+    Action("app.palette", "ctrl+p", "command_palette", "Commands", "Find an action by its name", show=True),
+    Action("app.jump", "ctrl+g", "jump", "Jump", "Show a letter on every part; press it to go there"),
+    Action("app.refresh", "ctrl+r", "refresh_now", "Refresh", "Look at the machine and the folders again"),
+    Action("app.back", "escape", "go_back", "Back", "Go to the screen before this one"),
+    Action("app.quit", "ctrl+q", "quit", "Quit", "Leave; runs go on unless you say otherwise", priority=True),
+)
+HOME = (
+    Action("home.new", "n", "new_run", "New", "Plan a run on the highlighted model", show=True),
+    Action("home.runs", "r", "focus_shelf('runs')", "Runs", "Move to the list of runs", show=True),
+    Action("home.adapters", "a", "focus_shelf('adapters')", "Adapters", "Move to the list of adapters", show=True),
+    Action("home.models", "m", "focus_shelf('models')", "Models", "Move to the list of base models", show=True),
+    Action("home.demo", "d", "plan_demo", "Demo", "Plan a first run on the demo's data"),
+    Action("home.scan", "s", "scan_models", "Find models", "Look for base models on this disk"),
+)
+PLAN: tuple[Action, ...] = ()
+TRAIN: tuple[Action, ...] = ()
+CHAT: tuple[Action, ...] = ()
+ADAPTERS: tuple[Action, ...] = ()
+SETTINGS: tuple[Action, ...] = ()
+
+AREAS: dict[str, tuple[Action, ...]] = {
+    "app": APP,
+    "home": HOME,
+    "plan": PLAN,
+    "train": TRAIN,
+    "chat": CHAT,
+    "adapters": ADAPTERS,
+    "settings": SETTINGS,
+}
+"""Actions by their area."""
+
+
+def bindings(area: str) -> list[BindingType]:
+    """What a screen, or the app, binds its keys to."""
+    return [
+        Binding(
+            action.key,
+            action.run,
+            action.label,
+            id=action.id,
+            show=action.show,
+            tooltip=action.tooltip,
+            priority=action.priority,
+        )
+        for action in AREAS[area]
+    ]
+
+
+def all_actions() -> list[Action]:
+    """Those of all areas."""
+    return [action for actions in AREAS.values() for action in actions]

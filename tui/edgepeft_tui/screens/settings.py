@@ -1,0 +1,23 @@
+"""Settings."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from textual.app import ComposeResult
+from textual.binding import BindingType
+from textual.widgets import Static
+
+from edgepeft_tui.actions import bindings
+from edgepeft_tui.screens.room import Room
+
+
+class SettingsScreen(Room):
+    """Settings."""
+
+    AREA = "settings"
+    BINDINGS: ClassVar[list[BindingType]] = bindings("settings")
+
+    def content(self) -> ComposeResult:
+        """The screen's own parts."""
+        yield Static("")
