@@ -16,15 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from edgepeft.cli.output import line, note, stderr
-from edgepeft.cli.run_text import (
-    PHASES,
-    lost_text,
-    memory_text,
-    plain_line,
-    rescued_text,
-    sentence,
-    summary_lines,
-)
+from edgepeft.cli.run_text import summary_lines
 from edgepeft.errors import ExitCode
 from edgepeft.plan.train_plan import TrainPlan
 from edgepeft.runs.control import request
@@ -34,6 +26,7 @@ from edgepeft.runs.launch import log_tail
 from edgepeft.runs.layout import RunFolder
 from edgepeft.runs.rescue import ending_of, rescue
 from edgepeft.runs.state import RunState, RunWatch, read_state
+from edgepeft.runs.text import PHASES, lost_text, memory_text, plain_line, rescued_text, sentence
 from edgepeft.units import format_seconds, format_watt_hours
 
 _POLL_SECONDS = 0.2

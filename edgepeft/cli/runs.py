@@ -26,8 +26,9 @@ RunId = Annotated[str, typer.Argument(metavar="RUN", help="Id of the run, such a
 @app.command("list")
 def list_(as_json: JsonFlag = False) -> None:
     """List all runs, the newest first."""
-    from edgepeft.cli.run_text import STYLES, progress_text
+    from edgepeft.cli.run_text import STYLES
     from edgepeft.runs.state import summarise_runs
+    from edgepeft.runs.text import progress_text
     from edgepeft.units import format_age
 
     found = summarise_runs()
@@ -61,11 +62,12 @@ def list_(as_json: JsonFlag = False) -> None:
 @app.command("show")
 def show(run_id: RunId, as_json: JsonFlag = False) -> None:
     """Show one run: its plan, what it does, its last events, and where its files lie."""
-    from edgepeft.cli.run_text import STYLES, energy_text, memory_table, memory_text, plan_lines, sentence
+    from edgepeft.cli.run_text import STYLES, memory_table, plan_lines
     from edgepeft.runs.events import Finished
     from edgepeft.runs.launch import log_tail
     from edgepeft.runs.layout import open_run
     from edgepeft.runs.state import RunWatch, highest_memory
+    from edgepeft.runs.text import energy_text, memory_text, sentence
     from edgepeft.units import format_age, format_watt_hours
 
     run = open_run(run_id)

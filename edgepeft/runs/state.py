@@ -434,8 +434,9 @@ def summarise_run(run: RunFolder, tail_bytes: int = 1 << 14) -> RunSummary:
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         return _damaged(run, made_at, f"plan.json is damaged: {error}")
     try:
+        size = events_bytes(run)
         state = _state_of_tail(run, plan.steps, tail_bytes)
-        if state.status == "lost":
+        if state.status == "lost" and (is_locked(run) or events_bytes(run) != size):
             # As in `RunWatch.poll`.
             state = _state_of_tail(run, plan.steps, tail_bytes)
     except (EdgepeftError, OSError) as error:

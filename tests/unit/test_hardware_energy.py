@@ -9,7 +9,7 @@ import msgspec
 import pynvml
 import pytest
 
-from edgepeft.cli.run_text import energy_text, plain_line, summary_lines
+from edgepeft.cli.run_text import summary_lines
 from edgepeft.errors import UsageError
 from edgepeft.hardware.energy import (
     CounterSource,
@@ -22,6 +22,7 @@ from edgepeft.hardware.energy import (
 from edgepeft.hardware.nvml import open_card
 from edgepeft.runs.events import Finished, Started
 from edgepeft.runs.state import RunFold, RunState
+from edgepeft.runs.text import energy_text, plain_line
 from edgepeft.settings import WORLD_CO2_GRAMS_PER_KWH, carbon_factor, store_setting
 from edgepeft.units import format_grams, format_watt_hours
 from toy_run import toy_step

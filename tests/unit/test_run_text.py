@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from edgepeft.cli.run_text import lost_text, memory_table, peak_text, rescued_text, sentence, summary_lines
+from edgepeft.cli.run_text import memory_table, summary_lines
 from edgepeft.memory.breakdown import Phase
 from edgepeft.runs.events import (
     Cause,
@@ -18,6 +18,7 @@ from edgepeft.runs.events import (
     StepDone,
 )
 from edgepeft.runs.state import HighestMemory, RunState, highest_memory
+from edgepeft.runs.text import lost_text, peak_text, recovery_sentence, rescued_text, sentence
 from edgepeft.units import GIB, MIB
 
 PREDICTED = Phase(
@@ -107,6 +108,20 @@ def test_the_highest_memory_of_a_run() -> None:
 def test_why_a_layout_became_smaller(cause: Cause, said: str) -> None:
     event = Recovered(step=4, what="half", micro_batch_tokens=128, checkpointing="layer", cause=cause)
     assert sentence(event) == (said, "yellow")
+
+
+def test_running_out_and_going_on_are_one_sentence() -> None:
+    hit = OutOfMemoryHit(step=88, phase="train step", micro_batch_tokens=4096)
+    halved = Recovered(step=88, what="half", micro_batch_tokens=2048, checkpointing="layer")
+    assert recovery_sentence(hit, halved) == (
+        "Out of memory in step 88; micro-batch 4,096 → 2,048 tokens, step redone, nothing lost"
+    )
+    tried = msgspec.structs.replace(hit, phase="probe", micro_batch_tokens=2048)
+    offloaded = msgspec.structs.replace(halved, what="inputs of layers kept in the host's RAM", cause="probe")
+    assert recovery_sentence(tried, offloaded) == (
+        "Out of memory in the trial before step 88; inputs of layers kept in the host's RAM, what is learned stays the "
+        "same"
+    )
 
 
 def test_where_memory_ran_out() -> None:

@@ -43,7 +43,7 @@ def test_a_worker_that_begins_between_two_looks_is_not_lost(monkeypatch: pytest.
     run = create_run(toy_plan(), "n")
     run.events_file.write_bytes(encode_event(at(1000.0, STARTED)))
     # The lock was looked at before the worker took it, and the events were read after it had spoken.
-    looks = iter([False, True, False, True])
+    looks = iter([False, True, False, True, True])
     monkeypatch.setattr(state_module, "is_locked", lambda run: next(looks))
     assert read_state(run).status == "running"
     assert summarise_run(run).state.status == "running"

@@ -54,7 +54,30 @@ HOME = (
     Action("home.scan", "s", "scan_models", "Find models", "Look for base models on this disk"),
 )
 PLAN: tuple[Action, ...] = ()
-TRAIN: tuple[Action, ...] = ()
+TRAIN = (
+    Action(
+        "train.pause",
+        "space",
+        "pause_or_resume",
+        "Pause",
+        "Let a run that trains save and give its memory back, or let one that does not go on",
+        show=True,
+    ),
+    Action(
+        "train.stop", "s", "stop_run", "Stop and save", "Stop after the step in hand and save the adapter", show=True
+    ),
+    Action("train.overlay", "o", "overlay", "Overlay", "Draw another run's loss beside", show=True),
+    Action("train.chat", "t", "chat", "Chat", "Chat with the adapter of the run", show=True),
+    Action("train.log", "l", "show_log", "Log", "Read the end of what the worker wrote", show=True),
+    Action("train.chart", "c", "next_chart", "Chart", "Show loss, learning rate or gradient norm"),
+    Action("train.samples", "v", "samples", "Samples", "Read the answers that were given during training"),
+    Action("train.details", "i", "details", "Details", "Read what the run was planned as and where its files lie"),
+    Action("train.new", "n", "new_run", "New", "Plan a new run"),
+    Action("train.runs", "r", "focus_part('runs')", "Runs", "Move to the list of runs"),
+    Action("train.events", "e", "focus_part('events')", "Events", "Move to what happened"),
+    Action("train.end", "k", "end_run", "End at once", "End a worker that does not obey, after a question"),
+    Action("train.remove", "d", "remove_run", "Remove", "Delete the folder of the run, after a question"),
+)
 CHAT: tuple[Action, ...] = ()
 ADAPTERS: tuple[Action, ...] = ()
 SETTINGS: tuple[Action, ...] = ()

@@ -5,13 +5,18 @@ No function here touches a widget: each returns frozen structs, which a message 
 
 from __future__ import annotations
 
+import functools
 import time
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import msgspec
 
 from edgepeft.errors import EdgepeftError
 from edgepeft.units import format_age, format_bytes, format_count, format_gib, format_seconds
+
+if TYPE_CHECKING:
+    from edgepeft.runs.listing import RunListing
+    from edgepeft.runs.state import RunSummary
 
 Mark = Literal["running", "done", "trouble", "plain"]
 
@@ -100,27 +105,35 @@ def read_shelves(now: float | None = None) -> Shelves:
 
 
 def _runs(now: float) -> list[Row]:
-    from edgepeft.runs.state import summarise_runs
+    return [row_of_run(run, now) for run in listed_runs().read()]
 
-    rows = []
+
+@functools.cache
+def listed_runs() -> RunListing:
+    """Every run as it was last seen; all screens that list runs look through this one."""
+    from edgepeft.runs.listing import RunListing
+
+    return RunListing()
+
+
+def row_of_run(run: RunSummary, now: float) -> Row:
+    """A run as a list shows it; `now` in seconds since 1970."""
+    state = run.state
+    loss = "" if state.loss is None else f"  loss {state.loss:.3f}"
     mark: Mark
-    for run in summarise_runs():
-        state = run.state
-        loss = "" if state.loss is None else f"  loss {state.loss:.3f}"
-        if state.status in ("running", "starting"):
-            doing = f"step {state.step}/{state.steps}" if state.step else state.phase or "starting"
-            eta = "" if state.eta_seconds is None else f"  ETA {format_seconds(state.eta_seconds)}"
-            text, mark, verb = f"{doing}{loss}{eta}", "running", "attach"
-        elif state.status == "finished":
-            age = "" if state.updated_at is None else f" {format_age(now - state.updated_at)} ago"
-            held_out = "" if state.eval_loss is None else f"  held out {state.eval_loss:.3f}"
-            text, mark, verb = f"finished{age}{held_out}", "done", "show"
-        elif state.status == "damaged":
-            text, mark, verb = f"damaged: {state.message}", "trouble", "show"
-        else:
-            text, mark, verb = f"{state.status} {state.step}/{state.steps}{loss}", "trouble", "resume"
-        rows.append(Row(run.id, text, mark, f"edgepeft runs {verb} {run.id}"))
-    return rows
+    if state.alive:
+        doing = f"step {state.step}/{state.steps}" if state.step else state.phase or "starting"
+        eta = "" if state.eta_seconds is None else f"  ETA {format_seconds(state.eta_seconds)}"
+        text, mark, verb = f"{doing}{loss}{eta}", "running", "attach"
+    elif state.status == "finished":
+        age = "" if state.updated_at is None else f" {format_age(now - state.updated_at)} ago"
+        held_out = "" if state.eval_loss is None else f"  held out {state.eval_loss:.3f}"
+        text, mark, verb = f"finished{age}{held_out}", "done", "show"
+    elif state.status == "damaged":
+        text, mark, verb = f"damaged: {state.message}", "trouble", "show"
+    else:
+        text, mark, verb = f"{state.status} {state.step}/{state.steps}{loss}", "trouble", "resume"
+    return Row(run.id, text, mark, f"edgepeft runs {verb} {run.id}")
 
 
 def _adapters(now: float) -> list[Row]:

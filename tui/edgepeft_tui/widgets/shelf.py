@@ -35,22 +35,30 @@ class Shelf(OptionList):
         """Shows `rows`; does nothing when they are the same as before."""
         if rows == self._rows:
             return
-        kept = self.selected_row
+        before, kept = self._rows, self.selected_row
         self._rows = rows
+        name_width = min(28, max((len(row.key) for row in rows), default=0))
+        if before and [row.key for row in before] == [row.key for row in rows]:
+            # Of hundreds of rows one or two change at a time.
+            for index, (old, new) in enumerate(zip(before, rows, strict=True)):
+                if old != new:
+                    self.replace_option_prompt_at_index(index, _line(new, name_width))
+            return
         self.clear_options()
         if not rows:
             self.add_option(Option(Text(self._empty, style="dim"), disabled=True))
             return
-        name_width = min(28, max(len(row.key) for row in rows))
-        for row in rows:
-            sign, style = sign_of(row.mark)
-            line = Text(no_wrap=True, overflow="ellipsis")
-            line.append(f"{sign} ", style=style)
-            line.append(f"{visible(row.key)[:name_width]:<{name_width}}", style="bold")
-            line.append(f"  {visible(row.text)}")
-            self.add_option(Option(line))
+        self.add_options(Option(_line(row, name_width)) for row in rows)
         keys = [row.key for row in rows]
         self.highlighted = keys.index(kept.key) if kept is not None and kept.key in keys else 0
+
+    def select(self, key: str) -> bool:
+        """Highlights the row of that name; False where there is none."""
+        for index, row in enumerate(self._rows or ()):
+            if row.key == key:
+                self.highlighted = index
+                return True
+        return False
 
     @property
     def selected_row(self) -> Row | None:
@@ -58,3 +66,12 @@ class Shelf(OptionList):
         if not self._rows or self.highlighted is None or self.highlighted >= len(self._rows):
             return None
         return self._rows[self.highlighted]
+
+
+def _line(row: Row, name_width: int) -> Text:
+    sign, style = sign_of(row.mark)
+    line = Text(no_wrap=True, overflow="ellipsis")
+    line.append(f"{sign} ", style=style)
+    line.append(f"{visible(row.key)[:name_width]:<{name_width}}", style="bold")
+    line.append(f"  {visible(row.text)}")
+    return line
