@@ -1,4 +1,7 @@
-"""What the workers tell the screens. Sampled messages replace older ones that were not handled yet."""
+"""What the workers tell the screens. Sampled messages replace older ones that were not handled yet.
+
+The app hands them on to the room that is shown; bubbling up from there they would come back to it for ever.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from edgepeft_tui.readings import Machine, Shelves
 
 
 @dataclass
-class MachineRead(Message):
+class MachineRead(Message, bubble=False):
     """The machine was looked at."""
 
     machine: Machine
@@ -21,7 +24,7 @@ class MachineRead(Message):
 
 
 @dataclass
-class ShelvesRead(Message):
+class ShelvesRead(Message, bubble=False):
     """Runs, adapters and models were looked at."""
 
     shelves: Shelves
