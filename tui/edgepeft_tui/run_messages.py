@@ -17,7 +17,7 @@ Command = Literal["pause", "stop", "resume", "end", "remove"]
 
 
 @dataclass
-class RunsListed(Message):
+class RunsListed(Message, bubble=False):
     """The runs were looked at; of many, the first some come before the last."""
 
     rows: tuple[Row, ...]
@@ -31,7 +31,7 @@ class RunsListed(Message):
 
 
 @dataclass
-class RunFollowed(Message):
+class RunFollowed(Message, bubble=False):
     """The chosen run was looked at."""
 
     view: RunView
@@ -44,7 +44,7 @@ class RunFollowed(Message):
 
 
 @dataclass
-class RunUnreadable(Message):
+class RunUnreadable(Message, bubble=False):
     """The chosen run cannot be shown."""
 
     run: str
@@ -52,7 +52,7 @@ class RunUnreadable(Message):
 
 
 @dataclass
-class CommandDone(Message):
+class CommandDone(Message, bubble=False):
     """What was asked of a run was done, or the worker was told."""
 
     command: Command
@@ -62,7 +62,7 @@ class CommandDone(Message):
 
 
 @dataclass
-class CommandFailed(Message):
+class CommandFailed(Message, bubble=False):
     """What was asked of a run cannot be."""
 
     command: Command
@@ -71,7 +71,7 @@ class CommandFailed(Message):
 
 
 @dataclass
-class TextRead(Message):
+class TextRead(Message, bubble=False):
     """A longer text that was asked for."""
 
     title: str

@@ -9,21 +9,13 @@ from edgepeft.units import GIB, MIB, format_bytes
 from edgepeft_tui.run_view import RunView
 from edgepeft_tui.series import Curve
 from edgepeft_tui.text import visible
-from edgepeft_tui.widgets.chart import Level, Line, Picture, Stroke, sign_of_stroke
+from edgepeft_tui.widgets.chart import Drawing, Level, Line, Picture, Stroke, sign_of_stroke
 
 CHARTS = ("loss", "memory", "rate", "norm")
 """What the left chart can show; memory only where it has no chart of its own."""
 _NAMES = {"loss": "Loss", "rate": "Learning rate", "norm": "Gradient norm"}
 _BUDGET_IN_SIGHT = 4.0
 """A budget that is more than this many times the prediction would press the curves flat and is told in words."""
-
-
-class Drawing(msgspec.Struct, frozen=True):
-    """A chart with its words."""
-
-    picture: Picture
-    title: str
-    subtitle: str = ""
 
 
 def curve_picture(kind: str, view: RunView | None, overlay: RunView | None, width: int) -> Drawing:

@@ -17,6 +17,7 @@ from textual.widgets import OptionList, Static
 
 from edgepeft_tui.actions import bindings
 from edgepeft_tui.readings import row_of_run
+from edgepeft_tui.run_view import Sample
 from edgepeft_tui.screens.dialogs import Pick
 from edgepeft_tui.screens.run_following import LIST_SECONDS, RunFollowing
 from edgepeft_tui.text import visible, visible_lines
@@ -45,6 +46,7 @@ class TrainScreen(RunFollowing):
     def __init__(self) -> None:
         super().__init__()
         self._chart = "loss"
+        self._sample: tuple[Sample | None] | None = None
         self._choosing: Timer | None = None
         self._drawn_at = 0.0
         self._drawing: Timer | None = None
@@ -119,7 +121,13 @@ class TrainScreen(RunFollowing):
             figures.trouble = ""
         figures.view = view
         self.query_one(EventLog).show(view.log if view is not None else ())
-        sample = view.samples[-1] if view is not None and view.samples else None
+        self._show_sample(view.samples[-1] if view is not None and view.samples else None)
+        self._draw_soon()
+
+    def _show_sample(self, sample: Sample | None) -> None:
+        if self._sample == (sample,):
+            return
+        self._sample = (sample,)
         frame = self.query_one("#sample")
         frame.border_title = "Sample (v)" if sample is None else f"Sample after step {sample.step:,} (v: all)"
         text = Text("Answers that are given during training appear here.", style="dim")
@@ -127,31 +135,36 @@ class TrainScreen(RunFollowing):
             text = Text(visible_lines(sample.prompt[:2000]) + "\n", style="dim")
             text.append(visible_lines(sample.answer[:4000]), style="not dim")
         frame.query_one(Static).update(text)
-        self._draw_soon()
 
     def _draw_soon(self) -> None:
-        """Draws the charts now, or when the last drawing is long enough ago."""
-        if self._drawing is not None:
-            return
-        wait = self._drawn_at + DRAW_SECONDS - time.monotonic()
-        if wait <= 0:
-            self._draw_charts()
-        else:
-            self._drawing = self.set_timer(wait, self._draw_charts)
+        """Draws the charts one after the other: together they would hold everything else up for too long."""
+        if self._drawing is None:
+            wait = self._drawn_at + DRAW_SECONDS - time.monotonic()
+            self._drawing = self.set_timer(max(0.001, wait), self._draw_curve_then_memory)
+
+    def _draw_curve_then_memory(self) -> None:
+        self._draw_curve()
+        self._drawing = self.set_timer(max(0.001, DRAW_SECONDS / 2), self._draw_memory)
 
     def _draw_charts(self) -> None:
-        from edgepeft_tui.run_pictures import curve_picture, memory_picture
+        self._draw_curve()
+        self._draw_memory()
+
+    def _draw_curve(self) -> None:
+        from edgepeft_tui.run_pictures import curve_picture
         from edgepeft_tui.widgets.chart import Chart
 
-        self._drawing, self._drawn_at = None, time.monotonic()
-        curve, memory = self.query_one("#curve", Chart), self.query_one("#memory", Chart)
-        for chart, drawn in (
-            (curve, curve_picture(self._chart, self._view, self._overlay, curve.size.width)),
-            (memory, memory_picture(self._view, memory.size.width)),
-        ):
-            chart.border_title = Text(drawn.title).markup
-            chart.border_subtitle = Text(drawn.subtitle).markup
-            chart.draw(drawn.picture)
+        self._drawn_at = time.monotonic()
+        chart = self.query_one("#curve", Chart)
+        chart.draw(curve_picture(self._chart, self._view, self._overlay, chart.size.width))
+
+    def _draw_memory(self) -> None:
+        from edgepeft_tui.run_pictures import memory_picture
+        from edgepeft_tui.widgets.chart import Chart
+
+        self._drawing = None
+        chart = self.query_one("#memory", Chart)
+        chart.draw(memory_picture(self._view, chart.size.width))
 
     # Actions that only show.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 import msgspec
+from rich.text import Text
 from textual.color import Color
 from textual_plotext import PlotextPlot
 
@@ -59,6 +60,14 @@ class Picture(msgspec.Struct, frozen=True):
     """What is said while there is nothing to draw."""
 
 
+class Drawing(msgspec.Struct, frozen=True):
+    """A chart with its words."""
+
+    picture: Picture
+    title: str
+    subtitle: str = ""
+
+
 def sign_of_stroke(stroke: Stroke) -> str:
     """The sign that stands for a stroke in a title."""
     sign = _SIGNS[stroke][glyphs() is not UNICODE]
@@ -77,16 +86,15 @@ class Chart(PlotextPlot):  # type: ignore[misc]  # it has no annotations
         """What is shown."""
         return self._picture
 
-    def draw(self, picture: Picture) -> None:
-        """Shows `picture`; nothing happens when it is the one that is shown."""
-        if picture != self._picture:
-            self._picture = picture
+    def draw(self, drawing: Drawing) -> None:
+        """Shows a picture within its words; nothing happens when it is the one that is shown."""
+        self.border_title, self.border_subtitle = Text(drawing.title).markup, Text(drawing.subtitle).markup
+        if drawing.picture != self._picture:
+            self._picture = drawing.picture
             self.refresh()
 
     def render(self) -> object:
         """The picture as it is now."""
-        from rich.text import Text
-
         picture = self._picture
         drawn = [line for line in picture.lines if line.curve.xs]
         if not drawn and not (picture.levels and picture.steps):

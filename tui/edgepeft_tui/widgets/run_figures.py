@@ -36,11 +36,29 @@ _STYLES = {
 class RunFigures(Widget):
     """Lines that are wrapped between figures; every figure keeps its width while it changes."""
 
-    view: reactive[RunView | None] = reactive(None, layout=True)
-    asked: reactive[str] = reactive("", layout=True)
+    view: reactive[RunView | None] = reactive(None)
+    asked: reactive[str] = reactive("")
     """What was asked of the worker and has not happened yet, as a sentence."""
-    trouble: reactive[str] = reactive("", layout=True)
+    trouble: reactive[str] = reactive("")
     """Why nothing can be shown."""
+
+    def watch_view(self) -> None:
+        """A screen is arranged anew when another number of lines is needed, not for every figure that moves."""
+        if self.is_attached and self.size.width:
+            wanted = self.get_content_height(None, None, self.size.width)
+            if wanted != self._arranged:
+                self._arranged = wanted
+                self.refresh(layout=True)
+
+    def watch_asked(self) -> None:
+        """The same for a sentence."""
+        self.watch_view()
+
+    def watch_trouble(self) -> None:
+        """The same for a reason."""
+        self.watch_view()
+
+    _arranged = 0
 
     def render(self) -> Text:
         """The lines, drawn to the widget's width."""
@@ -109,7 +127,7 @@ def _progress(view: RunView, width: int) -> Text:
         doing = ""
     head = Text(f"{sign.get(state.status, signs.trouble)} ", style=style)
     used = cell_len(right.plain) + cell_len(tail.plain) + 2
-    name_room = max(8, width - used - len(doing) - 5 - _BAR[0])
+    name_room = max(8, width - used - len(doing) - 5 - (_BAR[0] if width >= _WIDE else 0))
     head.append(visible(view.id)[:name_room], style="bold")
     head.append(f"{_GAP}{doing}{_GAP if doing else ''}", style=style)
     room = width - cell_len(head.plain) - used + 2

@@ -30,6 +30,7 @@ class Shelf(OptionList):
         self.border_title = Text(title).plain
         self._empty = empty
         self._rows: tuple[Row, ...] | None = None
+        self._name_width = 0
 
     def show_rows(self, rows: tuple[Row, ...]) -> None:
         """Shows `rows`; does nothing when they are the same as before."""
@@ -44,6 +45,10 @@ class Shelf(OptionList):
                 if old != new:
                     self.replace_option_prompt_at_index(index, _line(new, name_width))
             return
+        if before and before == rows[: len(before)] and name_width == self._name_width:
+            self.add_options(Option(_line(row, name_width)) for row in rows[len(before) :])
+            return
+        self._name_width = name_width
         self.clear_options()
         if not rows:
             self.add_option(Option(Text(self._empty, style="dim"), disabled=True))
