@@ -49,6 +49,8 @@ class RunUnreadable(Message, bubble=False):
 
     run: str
     why: str
+    there: bool = True
+    """Whether there is a folder that could be removed."""
 
 
 @dataclass

@@ -23,6 +23,7 @@ from edgepeft.runs.layout import RunFolder
 from edgepeft.runs.rescue import ending_of, rescue
 from edgepeft.runs.state import RunState, RunWatch
 from edgepeft.runs.text import (
+    PHASES,
     ending_facts,
     energy_text,
     peak_text,
@@ -136,7 +137,7 @@ class RunViewer:
                 self._hit = None
             case PhaseChanged():
                 if event.name != self._phase and event.name not in ("evaluate", "train"):
-                    self._say(event.time, plain_line(event, state, 0) or "")
+                    self._say(event.time, PHASES[event.name] + (f": {event.detail}" if event.detail else ""))
                 self._phase = event.name
             case CheckpointSaved():
                 self._say(event.time, plain_line(event, state, 0) or "")

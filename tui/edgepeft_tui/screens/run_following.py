@@ -10,6 +10,7 @@ from textual import on, work
 from textual.worker import get_current_worker
 
 from edgepeft.errors import BadInput, EdgepeftError
+from edgepeft.paths import home
 from edgepeft_tui.readings import Row, listed_runs, row_of_run
 from edgepeft_tui.run_messages import CommandDone, RunFollowed, RunsListed, RunUnreadable
 from edgepeft_tui.run_view import RunView
@@ -80,7 +81,13 @@ class RunFollowing(RunCommands):
         shelf.border_subtitle = f"{len(message.rows)}, {alive} active" if message.rows else ""
         if self._wanted and shelf.select(self._wanted):
             self._wanted = ""
-        elif not self._chosen and message.rows and not self._wanted:
+        elif self._wanted:
+            pass
+        elif message.complete and self._chosen and message.rows and self._chosen not in message.summaries:
+            # It was removed, here or elsewhere.
+            row = shelf.selected_row
+            self._choose(row.key if row is not None else message.rows[0].key)
+        elif not self._chosen and message.rows:
             running = [row.key for row in message.rows if row.mark == "running"]
             first = (running or [message.rows[0].key])[0]
             shelf.select(first)
@@ -130,7 +137,7 @@ class RunFollowing(RunCommands):
                 before = view
                 time.sleep(FOLLOW_SECONDS if view.state.alive else QUIET_SECONDS)
         except (EdgepeftError, OSError) as error:
-            self.post_message(RunUnreadable(run, str(error)))
+            self.post_message(RunUnreadable(run, str(error), there=(home().runs / run).is_dir()))
 
     @on(RunFollowed)
     def _run_followed(self, message: RunFollowed) -> None:
@@ -161,7 +168,8 @@ class RunFollowing(RunCommands):
     def _run_unreadable(self, message: RunUnreadable) -> None:
         if message.run in ("", self._chosen):
             self._view = None
-            self.query_one(RunFigures).trouble = f"{message.why} d removes it." if message.run else message.why
+            hint = " d removes it." if message.run and message.there else ""
+            self.query_one(RunFigures).trouble = message.why + hint
             self.show_view()
 
     @on(CommandDone)
