@@ -55,7 +55,8 @@ def showing(run: RunFolder, then: Callable[[Pilot[str]], Awaitable[None]] | None
         await app.go("train", run=run.id)
         screen = cast(TrainScreen, app.screen)
         await settled(pilot, lambda: screen._view is not None and bool(screen._summaries))
-        await settled(pilot, lambda: bool(screen.query_one("#curve", Chart).picture.lines))
+        for chart in ("#curve", "#memory"):
+            await settled(pilot, lambda chart=chart: bool(screen.query_one(chart, Chart).picture.lines))
         if then is not None:
             await then(pilot)
         await pilot.pause(0.3)

@@ -68,7 +68,7 @@ class RunViewer:
         """The run now, and whether anything in it is new.
 
         Raises:
-            EdgepeftError: a file of the run may not be read, or a killed worker does not start again.
+            DiskProblem: a file of the run may not be read.
         """
         events, state = self._watch.poll()
         new = bool(events)
@@ -97,7 +97,11 @@ class RunViewer:
         if state.alive or not self._lived:
             return ""
         ending = ending_of(self.run, state)
-        if ending is None or not rescue(self.run, ending):
+        try:
+            if ending is None or not rescue(self.run, ending):
+                return ""
+        except EdgepeftError as error:
+            self._say(now(), f"The worker was killed and does not start again: {error}", "bad")
             return ""
         told = rescued_text(state, ending, stop_with="s")
         self._say(now(), told, "warning")

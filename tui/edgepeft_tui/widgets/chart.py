@@ -11,6 +11,7 @@ from textual_plotext import PlotextPlot
 
 from edgepeft_tui.glyphs import UNICODE, glyphs
 from edgepeft_tui.series import Curve, fitted, round_ticks
+from edgepeft_tui.text import drawable
 
 Ink = Literal["accent", "success", "secondary", "foreground", "error"]
 """A colour of the theme."""
@@ -111,7 +112,10 @@ class Chart(PlotextPlot):  # type: ignore[misc]  # it has no annotations
             sign = _SIGNS[line.stroke][glyphs() is not UNICODE]
             points = line.curve if line.stroke == "points" else fitted(line.curve, columns * _DOTS.get(sign, 1))
             self._trace(points, line.stroke, line.ink, scatter=line.stroke == "points")
-        return super().render()
+        drawn = super().render()
+        # The axes are plotext's own signs.
+        drawn.plain = drawable(drawn.plain)
+        return drawn
 
     def _set_axes(self, picture: Picture, drawn: list[Line], columns: int) -> None:
         plot = self.plt

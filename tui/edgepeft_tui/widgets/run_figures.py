@@ -10,7 +10,7 @@ from textual.widget import Widget
 from edgepeft.units import format_bytes, format_grams, format_seconds, format_watt_hours
 from edgepeft_tui.glyphs import glyphs
 from edgepeft_tui.run_view import RunView
-from edgepeft_tui.text import visible
+from edgepeft_tui.text import drawable, visible
 
 _BAR = (8, 40)
 _GAP = "   "
@@ -68,6 +68,7 @@ class RunFigures(Widget):
             return Text("")
         text = Text("\n").join(self._lines(self.view, self.size.width or 80))
         text.no_wrap, text.overflow = True, "ellipsis"
+        text.plain = drawable(text.plain)
         return text
 
     def get_content_height(self, container: object, viewport: object, width: int) -> int:
