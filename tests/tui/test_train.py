@@ -8,13 +8,14 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, cast
 
+import msgspec
 import pytest
 from textual.pilot import Pilot
 from textual.widgets import OptionList, Static
 
-from edgepeft.errors import BadInput
+from edgepeft.data.prepare import fingerprint_file
 from edgepeft.runs import launch
-from edgepeft.runs.control import FORCE_HINT, read_request
+from edgepeft.runs.control import read_request
 from edgepeft.runs.events_file import EventWriter
 from edgepeft.runs.layout import RunFolder
 from edgepeft.runs.lock import RunLock
@@ -223,33 +224,60 @@ def test_pause_and_stop_ask_the_worker_and_say_so() -> None:
         drive(check, run)
 
 
-def test_changed_data_is_a_question_before_it_is_forced(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = killed_mid_line()
-    asked: list[bool] = []
+def test_changed_data_is_a_question_before_it_is_forced(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    data = tmp_path / "[data].jsonl"
+    data.write_text("one\n")
+    plan = card_plan(40)
+    ref = msgspec.structs.replace(plan.spec.recipe.data, path=str(data), fingerprint=fingerprint_file(data))
+    recipe = msgspec.structs.replace(plan.spec.recipe, data=ref)
+    plan = msgspec.structs.replace(plan, spec=msgspec.structs.replace(plan.spec, recipe=recipe))
+    run = write_run("changed", plan, [*beginning(40), *steps_between(1, 9, 40)])
+    data.write_text("two\n")
+    resume, forced = launch.resume, []
 
-    def resume(run: RunFolder, max_seconds: float | None = None, *, force: bool = False) -> None:
-        asked.append(force)
-        if not force:
-            raise BadInput("it has changed since the plan was made", where="data.jsonl", hint=FORCE_HINT)
+    def resume_or_tell(run: RunFolder, max_seconds: float | None = None, *, force: bool = False) -> None:
+        if force:
+            forced.append(run.id)
+        else:
+            resume(run, max_seconds)
 
-    monkeypatch.setattr(launch, "resume", resume)
+    monkeypatch.setattr(launch, "resume", resume_or_tell)
 
     async def check(app: EdgepeftApp, screen: TrainScreen, pilot: Pilot[str]) -> None:
-        await pilot.press("space")
-        await until(pilot, lambda: isinstance(app.screen, Choice))
-        await pilot.press("escape")
-        assert asked == [False]
-        await pilot.press("enter")
-        await until(pilot, lambda: isinstance(app.screen, Choice))
-        await pilot.press("right", "enter")
-        await until(pilot, lambda: asked == [False, False, True])
+        for keys in (["escape"], ["enter"], ["right", "enter"]):
+            assert forced == []
+            await pilot.press("space")
+            await until(pilot, lambda: isinstance(app.screen, Choice))
+            assert "[data].jsonl" in str(app.screen.query_one(".question", Static).render())
+            await pilot.press(*keys)
+        await until(pilot, lambda: forced == [run.id])
 
     drive(check, run)
 
 
-def test_a_run_whose_time_was_over_asks_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    import msgspec
+def test_enter_and_a_second_click_ask_before_they_resume(monkeypatch: pytest.MonkeyPatch) -> None:
+    other, run = finished(), killed_mid_line()
+    asked: list[str] = []
+    monkeypatch.setattr(launch, "resume", lambda run, seconds, *, force: asked.append(run.id))
 
+    async def check(app: EdgepeftApp, screen: TrainScreen, pilot: Pilot[str]) -> None:
+        await until(pilot, lambda: screen.query_one("#runs", Shelf).option_count == 2)
+        for _ in range(2):
+            # The newer run is the first row.
+            assert asked == []
+            await pilot.click("#runs", offset=(6, 1))
+            await until(pilot, lambda: screen._view is not None and screen._view.id == run.id)
+        await until(pilot, lambda: isinstance(app.screen, Choice))
+        await pilot.press("escape", "r", "enter")
+        await until(pilot, lambda: isinstance(app.screen, Choice))
+        assert asked == []
+        await pilot.press("enter")
+        await until(pilot, lambda: asked == [run.id])
+
+    drive(check, other)
+
+
+def test_a_run_whose_time_was_over_asks_for_more(monkeypatch: pytest.MonkeyPatch) -> None:
     timed = msgspec.structs.replace(ending(40, "timed@v1"), step=9, ended_by="time")
     run = write_run("timed", card_plan(40), [*beginning(40), *steps_between(1, 9, 40), timed])
     given: list[float | None] = []
@@ -394,8 +422,6 @@ def test_it_begins_with_a_run_that_trains() -> None:
 
 
 def test_text_from_outside_never_becomes_markup() -> None:
-    import msgspec
-
     from edgepeft.runs.events import Failed, SampleGenerated, Warned
 
     plan = card_plan(40)

@@ -49,6 +49,14 @@ class RunCommands(Room):
         else:
             self._app.tell(f"{view.id} is {state.status}; n plans a new run")
 
+    def ask_to_resume(self, view: RunView) -> None:
+        """Resumes a run after a question: a click may have meant something else."""
+        saved = view.state.checkpoint_step
+        since = f"from its checkpoint of step {saved:,}" if saved else "from its beginning"
+        question = f"Let {view.id} go on {since}?"
+        answers = (("resume", "Resume"), ("leave", "Leave it"))
+        self._ask(Choice(question, answers, title="Resume"), "resume", view.id)
+
     def action_stop_run(self) -> None:
         """Stops the run after its step and saves its adapter."""
         view = self._seen()

@@ -102,8 +102,12 @@ class TrainScreen(RunFollowing):
 
     @on(OptionList.OptionSelected)
     def _row_selected(self) -> None:
-        if self._view is not None and self._view.state.resumable:
-            self.action_pause_or_resume()
+        row = self.query_one("#runs", Shelf).selected_row
+        if row is not None and row.key != self._chosen:
+            # A click on another run; a second one, or enter, does what is next.
+            self._choose(row.key)
+        elif self._view is not None and self._view.state.resumable:
+            self.ask_to_resume(self._view)
         else:
             self.action_details()
 
