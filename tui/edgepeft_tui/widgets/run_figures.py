@@ -123,7 +123,7 @@ def _progress(view: RunView, width: int) -> Text:
     if state.alive:
         eta = "n/a" if state.eta_seconds is None else format_seconds(state.eta_seconds)
         tail.append(f"{_GAP}ETA {eta:<12}" if width >= _WIDE else f"{_GAP}ETA {eta}")
-    if width < _WIDE and state.phase == "train":
+    if width < _WIDE and state.alive and state.phase == "train":
         # The sign and the moving figures say as much.
         doing = ""
     head = Text(f"{sign.get(state.status, signs.trouble)} ", style=style)
