@@ -13,6 +13,7 @@ from edgepeft.errors import UsageError
 from edgepeft.plan.device import PlanDevice, check_budget, find_device
 from edgepeft.plan.lengths import SampleLengths
 from edgepeft.plan.request import Given, PlanRequest
+from edgepeft.plan.sources import Sources, stamp
 from edgepeft.plan.train_plan import Origin, TrainPlan
 from edgepeft.spec import TrainOn
 from edgepeft.units import format_bytes, parse_bytes
@@ -42,10 +43,9 @@ def build(
     """The plan for a model, data and typed options.
 
     Args:
-        model: a name in the store, a folder or a GGUF file; a model that is not on this disk by its profile's id or
-            its name on the hub.
-        data: the training file; None plans by the preset's length.
-        overrides: only what was typed, by option name with underscores; sizes and names as text.
+        model: as `make_request` takes it, like `data` and `overrides`.
+        data: the training file.
+        overrides: what was typed.
         progress: told while a model is converted, data is tokenized or a step is simulated.
         verify: simulate the plan's training step, and choose again where that needs more than the budget.
 
@@ -54,35 +54,8 @@ def build(
     """
     from edgepeft.plan.simulated import plan_for
     from edgepeft.plan.verify import Simulator
-    from edgepeft.profiles import find_preset
 
-    typed = dict(overrides)
-    given: dict[str, Given] = {}
-    gpu, origin, where = _setting("gpu", typed)
-    device = find_device(gpu)
-    if not where:
-        where = "the freest card here" if device.kind == "cuda" else "no NVIDIA card here"
-    shown = device.name if device.present and device.kind == "cuda" else device.id
-    given["gpu"] = Given(shown, origin, f"{where}: {device.name}" if shown != device.name else where)
-    budget_bytes, given["budget"] = _budget(typed, device)
-    intent, origin, where = _setting("intent", typed)
-    preset = find_preset(intent or DEFAULT_INTENT)
-    given["intent"] = Given(preset.id, origin, where or preset.description)
-    reading = {name: typed.pop(name) for name in DATA_OPTIONS if name in typed}
-    if data is None and reading:
-        option = next(iter(reading)).replace("_", "-")
-        raise UsageError(
-            "says how data is read, but there is no data", where=f"--{option}", hint="Give the data file too"
-        )
-    base = find_base(model, progress)
-    config, told = _described(base)
-    parent = _parent(typed.pop("from_", None), base)
-    if parent is not None:
-        typed, told = parent.take_over(typed, base.shape), told + parent.notes
-    request = PlanRequest(base, preset, device, budget_bytes, overrides=typed, given=given, notes=told, config=config)
-    request = msgspec.structs.replace(request, parent=parent)
-    if data is not None:
-        request = _with_data(request, data, reading, progress)
+    request = make_request(model, data, overrides, progress=progress)
 
     def say(what: str) -> None:
         if progress is not None:
@@ -90,6 +63,61 @@ def build(
 
     with Simulator(say) as simulator:
         return plan_for(request, simulator.dry_run, verify=verify)
+
+
+def make_request(
+    model: str,
+    data: Path | None,
+    overrides: dict[str, Any],
+    *,
+    progress: Progress | None = None,
+    sources: Sources | None = None,
+) -> PlanRequest:
+    """Everything that a plan for a model, data and typed options is made from.
+
+    Args:
+        model: a name in the store, a folder or a GGUF file; a model that is not on this disk by its profile's id or
+            its name on the hub.
+        data: the training file; None plans by the preset's length.
+        overrides: only what was typed, by option name with underscores; sizes and names as text.
+        progress: told while a model is converted or data is tokenized.
+        sources: what was read for the plans before this one.
+
+    Raises:
+        EdgepeftError: bad options, model or data.
+    """
+    from edgepeft.profiles import find_preset
+
+    sources = sources or Sources()
+    typed = dict(overrides)
+    given: dict[str, Given] = {}
+    gpu, origin, where = _setting("gpu", typed)
+    device = sources.get(("device", gpu), lambda: find_device(gpu))
+    if not where:
+        where = "the freest card here" if device.kind == "cuda" else "no NVIDIA card here"
+    shown = device.name if device.present and device.kind == "cuda" else device.id
+    given["gpu"] = Given(shown, origin, f"{where}: {device.name}" if shown != device.name else where)
+    budget_bytes, given["budget"] = _budget(typed, device)
+    intent, origin, where = _setting("intent", typed)
+    preset_id = intent or DEFAULT_INTENT
+    preset = sources.get(("preset", preset_id), lambda: find_preset(preset_id))
+    given["intent"] = Given(preset.id, origin, where or preset.description)
+    reading = {name: typed.pop(name) for name in DATA_OPTIONS if name in typed}
+    if data is None and reading:
+        option = next(iter(reading)).replace("_", "-")
+        raise UsageError(
+            "says how data is read, but there is no data", where=f"--{option}", hint="Give the data file too"
+        )
+    base = sources.get(("base", model), lambda: find_base(model, progress))
+    config, told = _described(base)
+    parent = _parent(typed.pop("from_", None), base)
+    if parent is not None:
+        typed, told = parent.take_over(typed, base.shape), told + parent.notes
+    request = PlanRequest(base, preset, device, budget_bytes, overrides=typed, given=given, notes=told, config=config)
+    request = msgspec.structs.replace(request, parent=parent)
+    if data is not None:
+        request = _with_data(request, data, reading, progress, sources)
+    return request
 
 
 def _setting(name: str, typed: dict[str, Any]) -> tuple[str | None, Origin, str]:
@@ -170,10 +198,11 @@ def _described(base: ModelEntry | DescribedModel) -> tuple[dict[str, Any] | None
     return profile.config, (f"{what}{left_out} {how_to_get(profile)}.",)
 
 
-def _with_data(request: PlanRequest, data: Path, reading: dict[str, Any], progress: Progress | None) -> PlanRequest:
+def _with_data(
+    request: PlanRequest, data: Path, reading: dict[str, Any], progress: Progress | None, sources: Sources
+) -> PlanRequest:
     """The request with the lengths of the data's samples, from the model's tokenizer or estimated."""
-    from edgepeft.data.prepare import describe_data, prepare
-    from edgepeft.models.described import DescribedModel
+    from edgepeft.data.prepare import describe_data
 
     options: dict[str, Any] = {
         "format": reading.get("format"),
@@ -187,20 +216,31 @@ def _with_data(request: PlanRequest, data: Path, reading: dict[str, Any], progre
         options["eval_path"] = Path(reading["eval_data"])
     if "eval_fraction" in reading:
         options["eval_fraction"] = _fraction(reading["eval_fraction"])
-    reference = describe_data(data, **options)
-    described = isinstance(request.entry, DescribedModel)
+    files = tuple(stamp(path) for path in (data, options.get("eval_path"), options["template"]))
+    spelt = repr(sorted(options.items()))
+    reference = sources.get(("data", files, spelt), lambda: describe_data(data, **options))
+    key = ("lengths", files, spelt, request.entry.name, request.entry.fingerprint)
+    lengths, notes = sources.get(key, lambda: _lengths(request.entry, reference, progress))
+    told = tuple(f"{note}." for note in notes)
+    return msgspec.structs.replace(request, data=reference, lengths=lengths, notes=request.notes + told)
+
+
+def _lengths(
+    base: ModelEntry | DescribedModel, reference: DataRef, progress: Progress | None
+) -> tuple[SampleLengths, tuple[str, ...]]:
+    from edgepeft.data.prepare import prepare
+    from edgepeft.models.described import DescribedModel
+
+    described = isinstance(base, DescribedModel)
 
     def tell(done: int, total: int) -> None:
         if progress is not None:
             progress("estimating lengths" if described else "tokenizing", done / total if total else None)
 
-    if isinstance(request.entry, DescribedModel):
-        lengths, notes = _guess(request.entry.profile, reference, tell)
-    else:
-        prepared = prepare(reference, Path(request.entry.folder), progress=tell)
-        lengths, notes = SampleLengths(prepared.train, prepared.held_out), prepared.notes
-    told = tuple(f"{note}." for note in notes)
-    return msgspec.structs.replace(request, data=reference, lengths=lengths, notes=request.notes + told)
+    if isinstance(base, DescribedModel):
+        return _guess(base.profile, reference, tell)
+    prepared = prepare(reference, Path(base.folder), progress=tell)
+    return SampleLengths(prepared.train, prepared.held_out), prepared.notes
 
 
 def _guess(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from typing import TYPE_CHECKING, Protocol
 
 from edgepeft.data.schedule import total_steps
@@ -22,6 +23,7 @@ from edgepeft.plan.workloads import (
 if TYPE_CHECKING:
     import numpy as np
 
+    from edgepeft.data.statistics import Bin
     from edgepeft.spec import Overlong, Recipe, RunSpec
 
 
@@ -102,6 +104,12 @@ class SampleLengths:
         """The smallest length that keeps this share of the training samples whole."""
         kept = max(1, math.ceil(share * self.samples - 1e-9))
         return int(self._sorted[kept - 1])
+
+    def histogram(self) -> tuple[Bin, ...]:
+        """Training samples by their length before truncation, in bars that double in width."""
+        from edgepeft.data.statistics import summarize_lengths
+
+        return summarize_lengths(Counter(self._sorted.tolist()), 0).histogram
 
     def whole(self, max_seq_len: int) -> int:
         """Training samples that are not longer than this."""

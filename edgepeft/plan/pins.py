@@ -16,7 +16,7 @@ from edgepeft.units import parse_seconds
 Pins = dict[str, Any]
 """Option name, with underscores → typed value, of the right type and in range."""
 
-_WORDS: dict[str, tuple[str, ...]] = {
+WORDS: dict[str, tuple[str, ...]] = {
     "method": tuple(METHODS),
     "precision": get_args(Precision),
     "compute_dtype": get_args(ComputeDtype),
@@ -26,7 +26,8 @@ _WORDS: dict[str, tuple[str, ...]] = {
     "schedule": ("cosine", "linear", "constant"),
     "optimizer": get_args(OptimizerName),
 }
-_COUNTS: dict[str, int] = {
+"""Options that take one of some words."""
+COUNTS: dict[str, int] = {
     "rank": 0,
     "max_seq_len": 2,
     "micro_batch_tokens": 1,
@@ -38,16 +39,20 @@ _COUNTS: dict[str, int] = {
     "early_stop": 0,
     "seed": 0,
 }
-_RANGES: dict[str, tuple[float, float, str]] = {
+"""Options that take a whole number, and the least that is possible."""
+RANGES: dict[str, tuple[float, float, str]] = {
     "epochs": (0, 10_000, "Usual are 1 to 5"),
     "learning_rate": (0, 1, "Usual are 1e-5 to 2e-3"),
     "alpha": (0, 1e6, "Twice the rank is usual"),
     "unfreeze": (0, 1, "Give the share of the steps after which all layers train, such as 0.5"),
 }
-_SWITCHES = ("deterministic",)
-_SHARED = ("rank", "alpha", "dropout", "targets")
+"""Options that take a number: above the first, up to the second, and what is usual."""
+SWITCHES = ("deterministic",)
+"""Options that are on or off."""
+SHARED = ("rank", "alpha", "dropout", "targets")
 """Settings of methods that are options too."""
-_SHARES = ("dropout", "warmup", "eval_fraction")
+SHARES = ("dropout", "warmup", "eval_fraction")
+"""Options that take a number from 0 to below 1."""
 
 
 def check_pins(overrides: dict[str, Any]) -> Pins:
@@ -58,19 +63,19 @@ def check_pins(overrides: dict[str, Any]) -> Pins:
     """
     pins: Pins = {"settings": {}}
     settings = _settings(overrides.get("set", ()))
-    shared = {name: settings.pop(name) for name in _SHARED if name in settings}
+    shared = {name: settings.pop(name) for name in SHARED if name in settings}
     for name, value in {**shared, **overrides}.items():
         where = "--" + name.replace("_", "-")
-        if name in _WORDS:
-            pins[name] = _word(where, value, _WORDS[name])
-        elif name in _COUNTS:
-            pins[name] = _count(where, value, _COUNTS[name])
-        elif name in _RANGES:
-            low, high, hint = _RANGES[name]
+        if name in WORDS:
+            pins[name] = _word(where, value, WORDS[name])
+        elif name in COUNTS:
+            pins[name] = _count(where, value, COUNTS[name])
+        elif name in RANGES:
+            low, high, hint = RANGES[name]
             pins[name] = _number(where, value, low, high, hint, above=True)
-        elif name in _SHARES:
+        elif name in SHARES:
             pins[name] = _share(where, value)
-        elif name in _SWITCHES:
+        elif name in SWITCHES:
             pins[name] = _switch(where, value)
         elif name == "lora_plus_ratio":
             pins[name] = _number(where, value, 1, 1000, "Usual are 2 to 16; 1 switches LoRA+ off", above=False)

@@ -86,6 +86,8 @@ class NothingFits(DoesNotFit):
         self._search = search
         self._smallest = search.smallest(search.least_length())
         memory = search.count(self._smallest).memory
+        self.memory = memory
+        """What the smallest plan that was tried would hold."""
         self._needed = memory.peak_bytes
         self._base = base_bytes_of(memory.peak)
         request, found = search.request, self._smallest

@@ -140,7 +140,7 @@ class _Collected:
             return
         if peak <= FULL_SHARE * search.request.budget_bytes:
             why = f"would fit easily and change every weight: --method {FULL}"
-            self.found.append(Alternative("full fine-tuning", peak, True, why, self._seconds(spec)))
+            self.found.append(Alternative("full fine-tuning", peak, True, why, self._seconds(spec), {"method": FULL}))
 
     def add(self, what: str, candidate: Candidate, brings: str) -> None:
         """Adds a candidate with what it needs; `brings` is told where it would fit."""
@@ -159,8 +159,17 @@ class _Collected:
         else:
             why = brings
         spec = msgspec.structs.replace(search.spec(candidate), upkeep=self._upkeep)
-        self.found.append(Alternative(what, peak, over <= 0, why, self._seconds(spec)))
+        self.found.append(Alternative(what, peak, over <= 0, why, self._seconds(spec), _changes(chosen, candidate)))
 
     def _seconds(self, spec: RunSpec) -> float | None:
         time = self._search.time(spec) if self._timed else None
         return time.seconds if time is not None else None
+
+
+def _changes(chosen: Candidate, other: Candidate) -> dict[str, str]:
+    """What would have to be typed to get the other one."""
+    return {
+        name.replace("_", "-"): str(getattr(other, name))
+        for name in Candidate.__struct_fields__
+        if getattr(other, name) != getattr(chosen, name)
+    }

@@ -358,8 +358,13 @@ def make_plan(request: PlanRequest) -> TrainPlan:
     return describe_plan(search, search.choose())
 
 
-def describe_plan(search: Search, chosen: Candidate) -> TrainPlan:
+def describe_plan(search: Search, chosen: Candidate, *, others: bool = True) -> TrainPlan:
     """The plan of a candidate: its steps, time and memory, what each choice was weighed against, and runner-ups.
+
+    Args:
+        search: the search that chose it.
+        chosen: the values that memory decides.
+        others: look for runner-ups, which takes longer than everything else.
 
     Raises:
         BadInput: its length limit leaves no sample.
@@ -389,7 +394,7 @@ def describe_plan(search: Search, chosen: Candidate) -> TrainPlan:
         data=data,
         operations=time.operations if time else 0.0,
         seconds=time.seconds if time else None,
-        alternatives=runner_ups(search, chosen, spec, time),
+        alternatives=runner_ups(search, chosen, spec, time) if others else (),
         notes=request.notes + notes_of(search, chosen, data) + ((note,) if note else ()),
         wants_more=search.wants_more(chosen),
         workload=prediction.workload,

@@ -71,13 +71,19 @@ def plan_for(request: PlanRequest, simulate: Simulate | None, *, verify: bool = 
         except (CannotSimulateError, DeviceUnusable):
             # Nobody asked for a dry run: where none can be made, the refusal stands as it is.
             raise refused from None
-    if plan.memory.peak_bytes * (1 + plan.memory.uncertainty) <= request.budget_bytes:
+    if not needs_dry_run(request, plan):
         return plan
     try:
-        # It fits only if the closed form is not off at all.
         return simulated_plan(request, simulate)
     except (CannotSimulateError, DeviceUnusable):
         return plan
+
+
+def needs_dry_run(request: PlanRequest, plan: TrainPlan) -> bool:
+    """Whether a plan of the closed form alone is not to be relied on: it fits only if that is not off at all, or that
+    does not know the model's layers."""
+    sure = plan.memory.peak_bytes * (1 + plan.memory.uncertainty) <= request.budget_bytes
+    return not (sure and is_exact(request.entry.shape))
 
 
 def _unsure(request: PlanRequest, error: EdgepeftError) -> PlanRequest:

@@ -40,6 +40,8 @@ class Alternative(msgspec.Struct, frozen=True):
     """Why it was not chosen, or what it would bring."""
     seconds: float | None = None
     """Predicted time of its whole run; None where that is not known."""
+    changes: dict[str, str] = {}
+    """The options that make it of the chosen plan, by name as one types them."""
 
 
 class DataSummary(msgspec.Struct, frozen=True):

@@ -20,7 +20,7 @@ from typing import IO
 import msgspec
 
 import edgepeft
-from edgepeft.errors import DeviceUnusable, EdgepeftError, ExitCode, error_for_code
+from edgepeft.errors import DeviceUnusable, EdgepeftError, ExitCode, Interrupted, error_for_code
 from edgepeft.memory.dry_run import DryRun, DryRunFailed, DryRunRequest
 from edgepeft.paths import home, write_atomic
 from edgepeft.processes import start_worker
@@ -47,6 +47,7 @@ class Simulator:
         self._say = say
         self._worker: subprocess.Popen[bytes] | None = None
         self._complaints: IO[bytes] | None = None
+        self._cancelled = False
 
     def __enter__(self) -> Simulator:
         return self
@@ -63,16 +64,26 @@ class Simulator:
             CannotSimulateError: it does something that needs values.
             EdgepeftError: it could not be trained either.
             DeviceUnusable: the worker ended.
+            Interrupted: it was cancelled.
             DiskProblem: the answer cannot be kept.
         """
         path = answer_file(request)
         known = _read(path)
         if known is not None:
             return known
+        if self._cancelled:
+            raise Interrupted("the dry run was cancelled")
         self._say("simulating the training step")
         answer = self._ask(request)
         write_atomic(path, msgspec.json.encode(answer))
         return answer
+
+    def cancel(self) -> None:
+        """Ends what another thread waits for: its `dry_run` raises `Interrupted`, now or when it next asks."""
+        self._cancelled = True
+        worker = self._worker
+        if worker is not None:
+            worker.kill()
 
     def close(self) -> None:
         """Ends the worker."""
@@ -94,6 +105,9 @@ class Simulator:
 
     def _ask(self, request: DryRunRequest) -> DryRun:
         worker = self._running()
+        if self._cancelled:
+            # It was asked for while the worker started.
+            worker.kill()
         assert worker.stdin is not None
         assert worker.stdout is not None
         try:
@@ -108,7 +122,8 @@ class Simulator:
             self.close()
             raise
         if not line.endswith(b"\n"):
-            raise self._ended()
+            ended = self._ended()
+            raise Interrupted("the dry run was cancelled") if self._cancelled else ended
         fields = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
         if "code" in fields:
             failed = msgspec.json.decode(line, type=DryRunFailed)
