@@ -53,7 +53,24 @@ HOME = (
     Action("home.demo", "d", "plan_demo", "Demo", "Plan a first run on the demo's data"),
     Action("home.scan", "s", "scan_models", "Find models", "Look for base models on this disk"),
 )
-PLAN: tuple[Action, ...] = ()
+PLAN = (
+    Action("plan.edit", "e", "edit", "Edit", "Change the highlighted value; enter does it too", show=True),
+    Action("plan.verify", "v", "verify", "Verify", "Run the step without values; again: cancel, or details", show=True),
+    Action("plan.preview", "p", "preview", "Preview", "Show the data as the model reads it, with the mask", show=True),
+    Action("plan.copy", "c", "copy", "Copy", "Copy the command that makes the same run", show=True),
+    Action("plan.start", "ctrl+s", "start", "Start", "Name the adapter and train this plan", show=True),
+    Action("plan.model", "m", "choose_model", "Model", "Choose a base model; looks on this disk too"),
+    Action("plan.data", "d", "choose_data", "Data", "Choose the data file"),
+    Action("plan.intent", "i", "edit('intent')", "Intent", "Choose quality, balanced, speed or prototype"),
+    Action("plan.method", "k", "edit('method')", "Method", "Choose the kind of adapter"),
+    Action("plan.demo", "b", "demo", "Demo", "Take the demo's model, data and values"),
+    Action("plan.choices", "t", "focus_part('table')", "Choices", "Move to the table of choices"),
+    Action("plan.others", "o", "focus_part('others')", "Others", "Move to the other plans that fit; enter takes one"),
+    Action("plan.auto", "backspace,delete", "automatic", "Auto", "Give the highlighted value back to the planner"),
+    Action("plan.undo", "u", "undo", "Undo", "Take the last change back"),
+    Action("plan.explain", "n", "explain", "Explain", "Tell everything that is known of the plan, notes included"),
+    Action("plan.replan", "g", "replan", "Plan again", "Look at machine, model and data again and plan anew"),
+)
 TRAIN = (
     Action(
         "train.pause",

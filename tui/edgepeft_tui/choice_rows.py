@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 NOT_SET = "–"
 """Shown where a plan leaves something out."""
 _READ_ONLY = ("time",)
+_LORA = {"rank", "alpha", "targets", "dropout"}
+"""Options that are settings of a method, of LoRA above all."""
 _OWN_WORDS = ("gpu", "intent")
 """Options whose words are read from profiles and from the machine."""
 
@@ -31,6 +33,8 @@ class ChoiceRow(msgspec.Struct, frozen=True):
     """What an editor begins with."""
     help: str = ""
     """What it is, in one line."""
+    mine: bool = False
+    """Whether the user set it here."""
 
 
 def choice_rows(plan: TrainPlan, values: dict[str, str]) -> tuple[ChoiceRow, ...]:
@@ -55,12 +59,33 @@ def choice_rows(plan: TrainPlan, values: dict[str, str]) -> tuple[ChoiceRow, ...
         option = known.get(choice.what, Option(choice.what, "text"))
         rows.append(_row(option, choice.value, choice.origin, choice.why, values))
     decided = {row.what for row in rows}
-    lora_only = {"rank", "alpha", "targets", "dropout"} - set(settings)
+    lora_only = _LORA - set(settings)
     for name, option in known.items():
         if name not in decided | lora_only | {"set"}:
             why = option.help or f"a setting of {method}"
             rows.append(_row(option, values.get(name, NOT_SET), "user" if name in values else "", why, values))
     return tuple(rows)
+
+
+def bare_rows() -> tuple[ChoiceRow, ...]:
+    """What may be set where there is no plan yet."""
+    from edgepeft.plan.options import OPTIONS
+
+    return tuple(_row(option, NOT_SET, "", option.help, {}) for name, option in OPTIONS.items() if name != "set")
+
+
+def overlaid(rows: tuple[ChoiceRow, ...], values: dict[str, str]) -> tuple[tuple[ChoiceRow, ...], frozenset[str]]:
+    """The rows of a plan with what the user has set since, and the names of those that wait for a plan."""
+    found, pending = [], set()
+    for row in rows:
+        mine = values.get(row.what)
+        if mine is not None and (not row.mine or mine != row.text):
+            pending.add(row.what)
+            row = msgspec.structs.replace(row, value=mine, text=mine, origin="user", why=row.help or row.why)
+        elif mine is None and row.mine:
+            pending.add(row.what)
+        found.append(row)
+    return tuple(found), frozenset(pending)
 
 
 def _row(option: object, value: str, origin: str, why: str, values: dict[str, str]) -> ChoiceRow:
@@ -70,7 +95,15 @@ def _row(option: object, value: str, origin: str, why: str, values: dict[str, st
     name = option.name
     plain = "" if value in (NOT_SET, "none") or option.kind == "list" else value
     text = values.get(name, plain.replace(",", "") if option.kind == "count" else plain)
-    return ChoiceRow(name, value, origin, why, name not in _READ_ONLY, option.words, text, option.help)
+    return ChoiceRow(name, value, origin, why, name not in _READ_ONLY, option.words, text, option.help, name in values)
+
+
+def settable(method: str) -> frozenset[str]:
+    """What may be set beside a method."""
+    from edgepeft.plan.options import OPTIONS, method_options
+
+    settings = set(method_options(method))
+    return frozenset({*OPTIONS, *settings} - (_LORA - settings))
 
 
 def words_for(row: ChoiceRow) -> tuple[tuple[str, str], ...]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from textual.message import Message
 
+from edgepeft_tui.choice_rows import ChoiceRow
+from edgepeft_tui.finds import DemoChoice, Found
 from edgepeft_tui.plans import Glance, PlanView, Question, Refusal
 
 
@@ -64,3 +66,25 @@ class LaunchEnded(Message):
     doubt: str = ""
     """Why it may not fit as things are now; nothing was started yet."""
     name: str = ""
+
+
+@dataclass
+class WordsFound(Message):
+    """What a row may be."""
+
+    row: ChoiceRow
+    words: tuple[tuple[str, str], ...]
+
+
+@dataclass
+class ModelsFound(Message):
+    """The models of the store."""
+
+    models: tuple[Found, ...]
+
+
+@dataclass
+class DemoFound(Message):
+    """The demo's model, data and values."""
+
+    demo: DemoChoice

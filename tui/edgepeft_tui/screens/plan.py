@@ -1,23 +1,374 @@
-"""Plan."""
+"""Plan: what fits, what it costs and why; every value can be changed, and the memory bar moves while it is."""
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
+import msgspec
+from rich.text import Text
+from textual import events, on, work
 from textual.app import ComposeResult
 from textual.binding import BindingType
-from textual.widgets import Static
+from textual.containers import Horizontal, Vertical
+from textual.widgets import OptionList, Static
 
 from edgepeft_tui.actions import bindings
-from edgepeft_tui.screens.room import Room
+from edgepeft_tui.choice_rows import ChoiceRow, bare_rows, has_words, overlaid, settable, words_for
+from edgepeft_tui.glyphs import glyphs
+from edgepeft_tui.plan_desk import Desk
+from edgepeft_tui.plan_messages import (
+    DemoFound,
+    Glanced,
+    ModelsFound,
+    PlanIdle,
+    Planned,
+    PlanProgress,
+    PlanRefused,
+    WordsFound,
+)
+from edgepeft_tui.plan_text import (
+    command_text,
+    data_text,
+    glance_text,
+    memory_title,
+    refusal_text,
+    summary_text,
+)
+from edgepeft_tui.plans import Planner, PlanView, Question, Refusal
+from edgepeft_tui.screens.plan_actions import PlanActions
+from edgepeft_tui.screens.plan_dialogs import EditValue
+from edgepeft_tui.text import visible
+from edgepeft_tui.widgets.choice_table import ChoiceTable
+from edgepeft_tui.widgets.field import Field
+from edgepeft_tui.widgets.ledger_bar import Ledger, LedgerBar
+from edgepeft_tui.widgets.others_list import OthersList
+from edgepeft_tui.widgets.sample_text import draw_lengths
+
+_FIRST = "m chooses a model, d the data, b begins with the demo's; then ctrl+s starts."
 
 
-class PlanScreen(Room):
-    """Plan."""
+class PlanScreen(PlanActions):
+    """Shows the plan for what is asked; the desk has the questions, this the answers."""
 
     AREA = "plan"
+    CSS_PATH = "plan.tcss"
     BINDINGS: ClassVar[list[BindingType]] = bindings("plan")
+    HELP = (
+        "Plan finds a run that fits. Every line of the table is a choice with its origin and reason: enter changes it, "
+        "backspace gives it back to the planner, u takes the last change back. The bar shows the memory at the peak "
+        "by category against the budget; + is what it may be off. o goes to the other plans that fit, v runs the step "
+        "without values to check the prediction, n tells everything that is known, ctrl+s starts."
+    )
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.planner = Planner()
+        self.desk = Desk(self.planner, self.post_message, lambda: self._plan())
+        self.view: PlanView | None = None
+        self.refusal: Refusal | None = None
+        self.adapter_name = ""
+        self._progress = ""
 
     def content(self) -> ComposeResult:
-        """The screen's own parts."""
-        yield Static("")
+        """What is asked, memory, choices and others, the command."""
+        with Horizontal(id="ask"):
+            yield Field("Model", id="model", empty="choose (m)")
+            yield Field("Data", id="data", empty="choose (d)")
+            yield Field("Intent", id="intent", empty="balanced")
+            yield Field("Start", id="start")
+        yield Static("", id="state", markup=False)
+        with Vertical(id="memory", classes="frame"):
+            yield LedgerBar(id="bar")
+            yield Static(Text(_FIRST), id="summary", markup=False)
+        with Vertical(id="work"):
+            with Vertical(id="choices", classes="frame"):
+                yield ChoiceTable(id="table")
+                yield Static("", id="why", markup=False)
+            with Vertical(id="side"):
+                yield OthersList(id="others", classes="frame")
+                with Vertical(id="spread", classes="frame"):
+                    yield Static("", id="lengths", markup=False)
+        yield Static("", id="command", markup=False)
+
+    def on_mount(self) -> None:
+        """Names the frames, and begins with a model that is here."""
+        for frame, title in (("memory", "Memory"), ("choices", "Choices (t)"), ("others", "Others that fit (o)")):
+            self.query_one(f"#{frame}").border_title = title
+        self.query_one("#spread").border_title = "Samples by length in tokens"
+        self.query_one("#table").focus()
+        self._find_models()
+
+    def show(self, **what: Any) -> None:
+        """Plans for `model` and `data`; `demo` fills in the demo's; `scan` looks for models on this disk."""
+        if what.get("demo"):
+            self._find_demo()
+            return
+        question = self.desk.question
+        if what.get("model") is not None and what["model"] != question.model:
+            question = msgspec.structs.replace(question, model=what["model"], verify=False)
+        if what.get("data") is not None:
+            question = msgspec.structs.replace(question, data=str(what["data"]), verify=False)
+        if question != self.desk.question:
+            self.change(question)
+        if what.get("scan"):
+            self.action_choose_model(scan=True)
+
+    # What is asked -----------------------------------------------------------------------------------------------
+
+    def change(self, question: Question, *, undoable: bool = True) -> None:
+        """Asks, and shows at once what can be said at once."""
+        self.desk.ask(question, undoable=undoable)
+        self._show_question()
+        if self.view is not None and question.values != self.view_values:
+            changed = {
+                name
+                for name in {*question.values, *self.view_values}
+                if question.values.get(name) != self.view_values.get(name)
+            }
+            self._glance(next(iter(changed), ""), "", question)
+
+    @property
+    def view_values(self) -> dict[str, str]:
+        """What the user had set in the plan that is shown."""
+        return self.desk.good.values if self.desk.good is not None else {}
+
+    def set_value(self, what: str, text: str) -> None:
+        """Sets one value, or gives it back to the planner where the text is empty."""
+        question = self.desk.question
+        values = {name: value for name, value in question.values.items() if name != what}
+        if text:
+            values[what] = text
+        if what == "method":
+            kept = settable(text or "lora")
+            dropped = sorted(set(values) - kept)
+            values = {name: value for name, value in values.items() if name in kept}
+            if dropped:
+                self._app.tell(f"{text or 'lora'} has no {', '.join(dropped)}: given up with the other method")
+        if values != question.values:
+            self.change(msgspec.structs.replace(question, values=values, verify=False))
+
+    def open_editor(self, row: ChoiceRow) -> None:
+        """Edits a row below the bar."""
+        if not row.editable:
+            self._app.tell(f"{row.what} follows from the rest")
+        elif has_words(row):
+            self._find_words(row)
+        else:
+            self._edit(row, ())
+
+    def _edit(self, row: ChoiceRow, words: tuple[tuple[str, str], ...]) -> None:
+        def tried(text: str) -> None:
+            values = {name: value for name, value in self.desk.question.values.items() if name != row.what}
+            question = self.desk.question
+            if text:
+                values[row.what] = text
+            self._glance(row.what, text, msgspec.structs.replace(question, values=values))
+
+        def taken(text: str | None) -> None:
+            if text is None:
+                self._show_memory()
+            else:
+                self.set_value(row.what, text)
+
+        self._app.push_screen(EditValue(row, words, tried), taken)
+
+    # Work in threads ---------------------------------------------------------------------------------------------
+
+    @work(thread=True, group="plan", exit_on_error=False)
+    def _plan(self) -> None:
+        self.desk.work()
+
+    @work(thread=True, exclusive=True, group="glance", exit_on_error=False)
+    def _glance(self, what: str, text: str, question: Question) -> None:
+        if self.view is not None:
+            self.post_message(Glanced(what, text, self.planner.glance(question, self.view.plan.spec)))
+
+    @work(thread=True, exclusive=True, group="words", exit_on_error=False)
+    def _find_words(self, row: ChoiceRow) -> None:
+        self.post_message(WordsFound(row, words_for(row)))
+
+    @work(thread=True, exclusive=True, group="models", exit_on_error=False)
+    def _find_models(self) -> None:
+        from edgepeft_tui import finds
+
+        self.post_message(ModelsFound(finds.store_models()))
+
+    @work(thread=True, exclusive=True, group="demo", exit_on_error=False)
+    def _find_demo(self) -> None:
+        from edgepeft_tui import finds
+
+        self.post_message(DemoFound(finds.demo_choice()))
+
+    # What comes back ---------------------------------------------------------------------------------------------
+
+    @on(Planned)
+    def _planned(self, message: Planned) -> None:
+        if msgspec.structs.replace(message.question, verify=False) != msgspec.structs.replace(
+            self.desk.question, verify=False
+        ):
+            return
+        self.desk.accept(message.question)
+        self.view, self.refusal = message.view, None
+        self._show_view()
+
+    @on(PlanRefused)
+    def _refused(self, message: PlanRefused) -> None:
+        if message.question != self.desk.question:
+            return
+        if message.refusal.fits and self.desk.give_up():
+            # A value that cannot be meant changes nothing.
+            self._app.tell(message.refusal.text, severity="warning", seconds=10)
+            self._show_question()
+            self._show_memory()
+            return
+        if not message.refusal.fits:
+            self.desk.accept(message.question)
+        self.refusal = message.refusal
+        self._show_question()
+        self._show_memory()
+
+    @on(PlanProgress)
+    def _progressed(self, message: PlanProgress) -> None:
+        share = "" if message.share is None else f" {100 * message.share:3.0f} %"
+        self._progress = f"{message.what}{share}"
+        self._show_state()
+
+    @on(PlanIdle)
+    def _idle(self) -> None:
+        self.desk.rest()
+        self._progress = ""
+        self._show_state()
+
+    @on(Glanced)
+    def _glanced(self, message: Glanced) -> None:
+        glance = message.glance
+        if isinstance(self._app.screen, EditValue):
+            self._app.screen.show_effect(glance_text(glance))
+        elif self.view is not None and self.desk.question.values == self.view_values:
+            return  # the plan itself came first
+        if glance.memory is not None:
+            peak = glance.memory.peak
+            self.query_one(LedgerBar).ledger = Ledger(
+                peak.bytes_by_category, glance.budget_bytes, glance.memory.uncertainty
+            )
+
+    @on(WordsFound)
+    def _words_found(self, message: WordsFound) -> None:
+        self._edit(message.row, message.words)
+
+    @on(ModelsFound)
+    def _models_found(self, message: ModelsFound) -> None:
+        here = [model for model in message.models if model.usable]
+        if here and not self.desk.question.model and not here[0].note.startswith("comes with"):
+            self.change(msgspec.structs.replace(self.desk.question, model=here[0].key))
+        self._show_question()
+
+    @on(DemoFound)
+    def _demo_found(self, message: DemoFound) -> None:
+        demo = message.demo
+        self.adapter_name = demo.name
+        self.change(Question(demo.model, demo.data, demo.values))
+        self.query_one("#start").focus()
+
+    # Showing -----------------------------------------------------------------------------------------------------
+
+    def _show_view(self) -> None:
+        self._show_question()
+        self._show_memory()
+        view = self.view
+        if view is None:
+            return
+        self.query_one(OthersList).show_rows(view.others, working=not view.settled)
+        self._show_lengths()
+
+    def _show_question(self) -> None:
+        question = self.desk.question
+        self.query_one("#model", Field).value = question.model
+        self.query_one("#data", Field).value = question.data or ""
+        intent = question.values.get("intent", "")
+        rows = self.view.rows if self.view is not None else bare_rows() if question.model else ()
+        shown = next((row.value for row in rows if row.what == "intent" and row.origin), "")
+        self.query_one("#intent", Field).value = intent or shown
+        rows, pending = overlaid(rows, question.values)
+        self.query_one(ChoiceTable).show_rows(rows, pending)
+        self._show_why()
+        self._show_state()
+        self.query_one("#command", Static).update(
+            Text.assemble(("same  ", "dim"), visible(command_text(question))) if question.model else ""
+        )
+
+    def _show_memory(self) -> None:
+        bar, summary, frame = self.query_one(LedgerBar), self.query_one("#summary", Static), self.query_one("#memory")
+        refusal, view = self.refusal, self.view
+        bar.legend_lines = 1 if self.size.height < 24 else 2
+        memory = refusal.memory if refusal is not None else view.memory if view is not None else None
+        budget = refusal.budget_bytes if refusal is not None else view.plan.spec.budget_bytes if view else None
+        bar.ledger = None if memory is None else Ledger(memory.peak.bytes_by_category, budget, memory.uncertainty)
+        title = "Memory" if memory is None else memory_title(memory)
+        frame.border_title = title if refusal is None or refusal.fits else f"{title} {glyphs().dot} the smallest plan"
+        from edgepeft.units import format_bytes
+
+        frame.border_subtitle = f"budget {format_bytes(budget)}" if budget else ""
+        if refusal is not None:
+            summary.update(refusal_text(refusal, self.size.width))
+        elif view is not None:
+            summary.update(summary_text(view, wide=self.size.width >= 120))
+
+    def _show_state(self) -> None:
+        state, question = self.query_one("#state", Static), self.desk.question
+        if self.desk.busy:
+            doing = self._progress or "planning"
+            cancel = f" {glyphs().dot} v cancels" if question.verify else ""
+            known = f" {glyphs().dot} {data_text(self.view)}" if self.view is not None else ""
+            state.update(Text(f"{visible(doing)} {glyphs().more}{cancel}{known}", style="italic"))
+        elif self.view is not None and self.refusal is None:
+            state.update(Text(visible(data_text(self.view))))
+        else:
+            state.update(Text("" if question.model else _FIRST, style="dim"))
+        notes = len(self.view.plan.notes) if self.view is not None else 0
+        word = f"{notes} note{'s' if notes > 1 else ''} (n)" if notes else ""
+        self.query_one("#choices").border_subtitle = word
+
+    def _show_why(self) -> None:
+        row = self.query_one(ChoiceTable).row
+        text = Text("")
+        if row is not None:
+            text = Text(visible(row.why if row.origin else row.help))
+        self.query_one("#why", Static).update(text)
+
+    def _show_lengths(self) -> None:
+        lengths = self.query_one("#lengths", Static)
+        if self.view is not None and self.query_one("#spread").display:
+            lengths.update(draw_lengths(self.view.bins, max(20, self.query_one("#spread").content_size.width)))
+
+    def on_resize(self, event: events.Resize) -> None:
+        """What depends on the width is drawn anew."""
+        if self.is_mounted:
+            self.call_after_refresh(self._show_lengths)
+            self._show_memory()
+
+    @on(OptionList.OptionHighlighted, "#table")
+    def _row_highlighted(self) -> None:
+        self._show_why()
+
+    @on(OptionList.OptionSelected, "#table")
+    def _row_selected(self) -> None:
+        self.action_edit()
+
+    @on(OptionList.OptionSelected, "#others")
+    def _other_selected(self) -> None:
+        row = self.query_one(OthersList).row
+        if row is not None:
+            self.take_other(row)
+
+    @on(Field.Pressed)
+    def _field_pressed(self, message: Field.Pressed) -> None:
+        name = str(message.field.id)
+        if name == "model":
+            self.action_choose_model()
+        elif name == "data":
+            self.action_choose_data()
+        elif name == "intent":
+            self.action_edit("intent")
+        else:
+            self.action_start()
