@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 NOT_SET = "–"
 """Shown where a plan leaves something out."""
 _READ_ONLY = ("time",)
+_FIRST = ("gpu", "budget", "intent")
+"""What a plan's choices begin with."""
 _LORA = {"rank", "alpha", "targets", "dropout"}
 """Options that are settings of a method, of LoRA above all."""
 _OWN_WORDS = ("gpu", "intent")
@@ -71,7 +73,8 @@ def bare_rows() -> tuple[ChoiceRow, ...]:
     """What may be set where there is no plan yet."""
     from edgepeft.plan.options import OPTIONS
 
-    return tuple(_row(option, NOT_SET, "", option.help, {}) for name, option in OPTIONS.items() if name != "set")
+    names = [*_FIRST, *(name for name in OPTIONS if name not in (*_FIRST, "set"))]
+    return tuple(_row(OPTIONS[name], NOT_SET, "", OPTIONS[name].help, {}) for name in names)
 
 
 def overlaid(rows: tuple[ChoiceRow, ...], values: dict[str, str]) -> tuple[tuple[ChoiceRow, ...], frozenset[str]]:

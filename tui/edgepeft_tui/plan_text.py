@@ -13,7 +13,7 @@ from edgepeft.memory.breakdown import Breakdown
 from edgepeft.units import format_bytes, format_count, format_share
 from edgepeft_tui.glyphs import glyphs
 from edgepeft_tui.text import visible
-from edgepeft_tui.widgets.ledger_bar import unit_of
+from edgepeft_tui.widgets.ledger_bar import format_in, unit_of
 
 if TYPE_CHECKING:
     from edgepeft.plan.train_plan import TrainPlan
@@ -37,17 +37,17 @@ def spare_text(peak_bytes: int, unsure_bytes: int, budget_bytes: int | None) -> 
     unit, name = unit_of(max(peak_bytes, budget_bytes or 0))
     sign = "±" if glyphs().full == "█" else "+-"
     text = Text()
-    text.append(f"predicted {peak_bytes / unit:.1f} {name}", style="bold")
+    text.append(f"predicted {format_in(peak_bytes, unit)} {name}", style="bold")
     if unsure_bytes:
-        text.append(f" {sign} {unsure_bytes / unit:.1f}")
+        text.append(f" {sign} {format_in(unsure_bytes, unit)}")
     if budget_bytes is not None:
         left = budget_bytes - peak_bytes
         if left < 0:
-            text.append(f" {glyphs().dot} does not fit by {-left / unit:.1f}", style="bold red")
+            text.append(f" {glyphs().dot} does not fit by {format_in(-left, unit)}", style="bold red")
         elif left < unsure_bytes:
-            text.append(f" {glyphs().dot} fits barely: {left / unit:.1f} to spare", style="yellow")
+            text.append(f" {glyphs().dot} fits barely: {format_in(left, unit)} to spare", style="yellow")
         else:
-            text.append(f" {glyphs().dot} fits with {left / unit:.1f} to spare", style="green")
+            text.append(f" {glyphs().dot} fits with {format_in(left, unit)} to spare", style="green")
     return text
 
 
@@ -58,12 +58,14 @@ def summary_text(view: PlanView, wide: bool) -> Text:
     first = spare_text(memory.peak_bytes, unsure, plan.spec.budget_bytes)
     unit, _ = unit_of(max(memory.peak_bytes, plan.spec.budget_bytes or 0))
     phases = "  ".join(
-        f"{_PHASES.get(phase.name, phase.name)} {phase.total_bytes / unit:.1f}" for phase in memory.phases
+        f"{_PHASES.get(phase.name, phase.name)} {format_in(phase.total_bytes, unit)}"
+        for phase in memory.phases
+        if phase.name != memory.peak.name
     )
     if plan.dry_run is not None:
         found = plan.dry_run.memory.peak_bytes
         off = 100 * (found / memory.peak_bytes - 1) if memory.peak_bytes else 0.0
-        first.append(f"{dot}dry run {found / unit:.1f} ({off:+.1f} %)", style="bold")
+        first.append(f"{dot}dry run {format_in(found, unit)} ({off:+.1f} %)", style="bold")
     second = Text(phases, style="dim")
     when = time_text(plan)
     if wide:

@@ -67,6 +67,8 @@ class PlanScreen(PlanActions):
         self.view: PlanView | None = None
         self.refusal: Refusal | None = None
         self.adapter_name = ""
+        self._planned_for: tuple[str, str | None] = ("", None)
+        """Model and data of the plan that is shown."""
         self._progress = ""
 
     def content(self) -> ComposeResult:
@@ -209,6 +211,7 @@ class PlanScreen(PlanActions):
             return
         self.desk.accept(message.question)
         self.view, self.refusal = message.view, None
+        self._planned_for = message.question.model, message.question.data
         self._show_view()
 
     @on(PlanRefused)
@@ -223,7 +226,11 @@ class PlanScreen(PlanActions):
             return
         if not message.refusal.fits:
             self.desk.accept(message.question)
+            if self._planned_for != (message.question.model, message.question.data):
+                # The choices on the screen are those of another model or other data.
+                self.view = None
         self.refusal = message.refusal
+        self.query_one(OthersList).show_rows((), "nothing fits" if not message.refusal.fits else "no plan yet")
         self._show_question()
         self._show_memory()
 
@@ -278,7 +285,9 @@ class PlanScreen(PlanActions):
         view = self.view
         if view is None:
             return
-        self.query_one(OthersList).show_rows(view.others, working=not view.settled)
+        self.query_one(OthersList).show_rows(
+            view.others, "nothing else comes near" if view.settled else "comparing with other plans"
+        )
         self._show_lengths()
 
     def _show_question(self) -> None:

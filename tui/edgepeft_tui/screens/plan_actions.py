@@ -18,7 +18,7 @@ from edgepeft_tui.screens.dialogs import Ask, Choice, Pick, Reading
 from edgepeft_tui.screens.plan_dialogs import Chooser, DataPreview
 from edgepeft_tui.screens.room import Room
 from edgepeft_tui.widgets.choice_table import ChoiceTable
-from edgepeft_tui.widgets.others_list import other_line
+from edgepeft_tui.widgets.others_list import other_lines
 
 if TYPE_CHECKING:
     from edgepeft.plan.train_plan import TrainPlan
@@ -89,7 +89,7 @@ class PlanActions(Room):
         if not others:
             self._app.tell("No other plan comes near this one")
             return
-        rows = [(str(number), other_line(other).plain) for number, other in enumerate(others)]
+        rows = [(str(number), line.plain) for number, line in enumerate(other_lines(others))]
 
         def taken(answer: str | None) -> None:
             if answer is not None:

@@ -89,6 +89,12 @@ def unit_of(size_bytes: int) -> tuple[int, str]:
     return (GIB, "GiB") if size_bytes >= GIB // 2 else (MIB, "MiB")
 
 
+def format_in(size_bytes: float, unit: int) -> str:
+    """A size in a unit of `unit_of`, with as many decimals as tell sizes of a few apart."""
+    value = size_bytes / unit
+    return f"{value:.2f}" if abs(value) < 9.995 and unit == GIB else f"{value:.1f}"
+
+
 def stacked_bar(ledger: Ledger, width: int) -> Text:
     """A bar of exactly `width` cells: categories, what may come on top, free space, and the budget's line."""
     budget, total = ledger.budget_bytes or 0, ledger.total_bytes
@@ -121,7 +127,7 @@ def legend(bytes_by_category: Mapping[Category, int], width: int, lines: int = 2
     for category in CATEGORIES:
         size = bytes_by_category.get(category, 0)
         if size and size >= _LEAST_SHARE * total:
-            entries.append((category, f" {category_name(category)} {size / unit:.1f}", size))
+            entries.append((category, f" {category_name(category)} {format_in(size, unit)}", size))
     while entries:
         text = _flow(entries, width)
         if text.plain.count("\n") < lines:

@@ -10,14 +10,19 @@ from edgepeft_tui.plans import OtherRow
 from edgepeft_tui.text import visible
 
 
-def other_line(row: OtherRow) -> Text:
-    """A runner-up on one line: what, cost, time, why."""
-    line = Text(no_wrap=True, overflow="ellipsis")
-    line.append(f"{visible(row.what):<26}", style="" if row.fits else "dim")
-    line.append(f" {row.cost:>22}", style="" if row.fits else "dim")
-    line.append(f"  {row.time:>8}" if row.time else "", style="dim")
-    line.append(f"  {visible(row.why)}", style="dim")
-    return line
+def other_lines(rows: tuple[OtherRow, ...]) -> list[Text]:
+    """Runner-ups, each on one line: what, cost, time, why."""
+    what = max((len(row.what) for row in rows), default=0)
+    cost = max((len(row.cost) for row in rows), default=0)
+    clock = max((len(row.time) for row in rows), default=0)
+    lines = []
+    for row in rows:
+        line = Text(no_wrap=True, overflow="ellipsis")
+        line.append(f"{visible(row.what):<{what}}  {row.cost:>{cost}}", style="" if row.fits else "dim")
+        line.append(f"  {row.time:>{clock}}" if clock else "", style="dim")
+        line.append(f"  {visible(row.why)}", style="dim")
+        lines.append(line)
+    return lines
 
 
 class OthersList(OptionList):
@@ -27,16 +32,15 @@ class OthersList(OptionList):
         super().__init__(id=id, classes=classes, markup=False)
         self._rows: tuple[OtherRow, ...] = ()
 
-    def show_rows(self, rows: tuple[OtherRow, ...], *, working: bool) -> None:
-        """Shows them; `working` says that they are still being looked for."""
-        if rows == self._rows and self.option_count:
+    def show_rows(self, rows: tuple[OtherRow, ...], empty: str) -> None:
+        """Shows them; `empty` is said where there are none."""
+        if rows and rows == self._rows:
             return
         self._rows = rows
         self.clear_options()
         if not rows:
-            word = "comparing with other plans" if working else "nothing else comes near"
-            self.add_option(Option(Text(word, style="dim"), disabled=True))
-        self.add_options([Option(other_line(row)) for row in rows])
+            self.add_option(Option(Text(empty, style="dim"), disabled=True))
+        self.add_options([Option(line) for line in other_lines(rows)])
 
     @property
     def row(self) -> OtherRow | None:
