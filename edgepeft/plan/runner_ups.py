@@ -168,8 +168,8 @@ class _Collected:
 
 def _changes(chosen: Candidate, other: Candidate) -> dict[str, str]:
     """What would have to be typed to get the other one."""
-    return {
-        name.replace("_", "-"): str(getattr(other, name))
-        for name in Candidate.__struct_fields__
-        if getattr(other, name) != getattr(chosen, name)
-    }
+    names = [name for name in Candidate.__struct_fields__ if getattr(other, name) != getattr(chosen, name)]
+    if "precision" in names or "checkpointing" in names:
+        # A search would fill the memory that these free with a larger micro-batch.
+        names += [name for name in ("micro_batch_tokens", "loss_chunk_tokens") if name not in names]
+    return {name.replace("_", "-"): str(getattr(other, name)) for name in names}
