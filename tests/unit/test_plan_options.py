@@ -40,7 +40,7 @@ VALUES = {
     "sample-prompt": "-what's up | two words",
     "eval-fraction": "0.2",
     "train-on": "all",
-    "system": "it's [/x] a \"test\"",
+    "system": 'it\'s [/x] a "test"',
     "template": "chatml",
 }
 
