@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -10,9 +11,11 @@ from typing import Any
 import msgspec
 import pytest
 from textual.pilot import Pilot
+from textual.worker import WorkerCancelled
 
 from edgepeft.errors import BadInput
 from edgepeft.models.described import described_model
+from edgepeft.plan.build import DATA_OPTIONS
 from edgepeft.plan.options import typed_options
 from edgepeft.plan.request import Given, PlanRequest
 from edgepeft.units import GIB, format_bytes, parse_bytes
@@ -28,7 +31,7 @@ from shapes import SMOLLM2
 
 Check = Callable[[EdgepeftApp, PlanScreen, Pilot[str]], Awaitable[None]]
 HOSTILE = "[/x] [loss=1] \x1b[31mred\x07 \u202eabc 🦀 " + "n" * 10_000
-LENGTHS = [60, 120, 240, 480, 1900] * 40
+LENGTHS = [60, 120, 240, 480, 1900] * 10
 MODELS = {"smollm2-135m": SMOLLM2}
 CARD = device(
     "cuda",
@@ -49,7 +52,8 @@ class MadeUp(Planner):
         budget = typed.pop("budget", None)
         size = parse_bytes(budget, where="--budget") if budget else CARD.budget_bytes
         intent = typed.pop("intent", "balanced")
-        typed.pop("gpu", None)
+        for name in ("gpu", *DATA_OPTIONS):
+            typed.pop(name, None)
         if question.data is not None and "bad" in question.data:
             raise BadInput("no record can be used", where=question.data, hint="Look at it with p")
         shape = MODELS.get(question.model)
@@ -94,13 +98,14 @@ def patch(monkeypatch: pytest.MonkeyPatch) -> None:
 async def settle(app: EdgepeftApp, pilot: Pilot[str]) -> None:
     """Waits until nothing is worked on."""
     for _ in range(200):
-        await app.workers.wait_for_complete()
+        await pilot.pause()
+        # A glance that a newer one replaces is cancelled.
+        with contextlib.suppress(WorkerCancelled):
+            await app.workers.wait_for_complete()
         await pilot.pause()
         screen = app.screen_stack[0]
-        if not (isinstance(screen, PlanScreen) and screen.desk.busy) and not list(app.workers):
+        if not (isinstance(screen, PlanScreen) and screen.desk.busy):
             break
-        await asyncio.sleep(0.01)
-    await pilot.pause()
 
 
 def drive(check: Check, size: tuple[int, int] = (100, 30), **what: Any) -> EdgepeftApp:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 import pytest
+from textual.message import Message
 from textual.pilot import Pilot
 from textual.widgets import Button
 
@@ -171,3 +172,23 @@ def test_the_palette_lists_actions_by_area() -> None:
         assert not any(title.startswith("train:") for title in titles)
 
     drive(check)
+
+
+def test_a_look_at_the_machine_is_told_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the app tells its screen must not come back to it: it would be told for ever."""
+    told = 0
+    handle = EdgepeftApp._tell_room
+
+    def count(app: EdgepeftApp, message: Message) -> None:
+        nonlocal told
+        told += 1
+        handle(app, message)
+
+    monkeypatch.setattr(EdgepeftApp, "_tell_room", count)
+
+    async def check(app: EdgepeftApp, pilot: Pilot[str]) -> None:
+        for _ in range(5):
+            await pilot.pause(0.02)
+
+    drive(check)
+    assert told < 10

@@ -12,7 +12,7 @@ from edgepeft_tui.plans import Glance, PlanView, Question, Refusal
 
 
 @dataclass
-class Planned(Message):
+class Planned(Message, bubble=False):
     """A plan for a question, so far."""
 
     question: Question
@@ -20,7 +20,7 @@ class Planned(Message):
 
 
 @dataclass
-class PlanRefused(Message):
+class PlanRefused(Message, bubble=False):
     """There is no plan for a question."""
 
     question: Question
@@ -28,7 +28,7 @@ class PlanRefused(Message):
 
 
 @dataclass
-class PlanProgress(Message):
+class PlanProgress(Message, bubble=False):
     """What the planner is doing, and which share of it is done, if known."""
 
     what: str
@@ -40,12 +40,12 @@ class PlanProgress(Message):
 
 
 @dataclass
-class PlanIdle(Message):
+class PlanIdle(Message, bubble=False):
     """The planner has told all that it has to say to its last question."""
 
 
 @dataclass
-class Glanced(Message):
+class Glanced(Message, bubble=False):
     """What a value that is being typed would make of the memory."""
 
     what: str
@@ -58,7 +58,7 @@ class Glanced(Message):
 
 
 @dataclass
-class LaunchEnded(Message):
+class LaunchEnded(Message, bubble=False):
     """A run was started, or why it was not."""
 
     run: str = ""
@@ -69,7 +69,7 @@ class LaunchEnded(Message):
 
 
 @dataclass
-class WordsFound(Message):
+class WordsFound(Message, bubble=False):
     """What a row may be."""
 
     row: ChoiceRow
@@ -77,14 +77,14 @@ class WordsFound(Message):
 
 
 @dataclass
-class ModelsFound(Message):
+class ModelsFound(Message, bubble=False):
     """The models of the store."""
 
     models: tuple[Found, ...]
 
 
 @dataclass
-class DemoFound(Message):
+class DemoFound(Message, bubble=False):
     """The demo's model, data and values."""
 
     demo: DemoChoice
