@@ -3,11 +3,13 @@ runner-ups and a dry run later."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal, NamedTuple
 
 from edgepeft.errors import DoesNotFit
 from edgepeft.memory.breakdown import Breakdown
+from edgepeft.memory.workload import Workload
+from edgepeft.plan.prediction import Prediction
 from edgepeft.plan.request import Candidate, PlanRequest
 from edgepeft.plan.search import Search, describe_plan
 from edgepeft.plan.simulated import Simulate, needs_dry_run, plan_for
@@ -25,18 +27,37 @@ class Staged(NamedTuple):
     stage: Stage
 
 
-def plan_in_stages(request: PlanRequest, simulate: Simulate, *, verify: bool = False) -> Iterator[Staged]:
+class _Watched(Search):
+    """A search that may be given up between two candidates."""
+
+    def __init__(self, request: PlanRequest, check: Callable[[], None]) -> None:
+        super().__init__(request)
+        self._check = check
+
+    def _predict(self, candidate: Candidate, workloads: tuple[Workload, ...]) -> Prediction:
+        self._check()
+        return super()._predict(candidate, workloads)
+
+
+def _go_on() -> None:
+    """Nobody wants to give up."""
+
+
+def plan_in_stages(
+    request: PlanRequest, simulate: Simulate, *, verify: bool = False, check: Callable[[], None] = _go_on
+) -> Iterator[Staged]:
     """Plans for a request, each better known than the one before; the last is `settled`, and that of `plan_for`.
 
     Args:
         request: what they are made from.
         simulate: makes dry runs, where the closed form is not enough.
         verify: simulate the plan in any case.
+        check: called between candidates; what it raises ends the search.
 
     Raises:
         EdgepeftError: as `plan_for`.
     """
-    search = Search(request)
+    search = _Watched(request, check)
     try:
         chosen = search.choose()
     except DoesNotFit:

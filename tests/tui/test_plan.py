@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from planning import HOSTILE, drive, patch, screen_text, settle, told
 from textual.pilot import Pilot
 from textual.widgets import Input, OptionList, Static
 
@@ -23,6 +22,7 @@ from edgepeft_tui.widgets.choice_table import ChoiceTable
 from edgepeft_tui.widgets.field import Field
 from edgepeft_tui.widgets.ledger_bar import LedgerBar
 from edgepeft_tui.widgets.others_list import OthersList
+from planning import HOSTILE, drive, patch, screen_text, settle, told
 
 DATA = "/data/tickets.jsonl"
 

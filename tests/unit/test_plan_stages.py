@@ -50,6 +50,23 @@ def test_verifying_comes_after_the_closed_form() -> None:
     assert stages[2].plan.dry_run is not None
 
 
+def test_a_search_is_given_up_between_two_candidates() -> None:
+    class GivenUp(Exception):
+        pass
+
+    calls = 0
+
+    def check() -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 3:
+            raise GivenUp
+
+    with pytest.raises(GivenUp):
+        list(plan_in_stages(request(lengths=LENGTHS), no_dry_run, check=check))
+    assert calls == 3
+
+
 def test_what_does_not_fit_says_what_it_would_hold() -> None:
     with pytest.raises(DoesNotFit) as refused:
         list(plan_in_stages(request(20 * MIB, lengths=LENGTHS), no_dry_run))

@@ -22,9 +22,16 @@ class Desk:
         planner: answers.
         post: gives a message to the screen; called from the thread.
         start: starts a thread that calls `work`.
+        first: called in that thread with a question before the work on it begins, for what can be said at once.
     """
 
-    def __init__(self, planner: Planner, post: Callable[[Message], object], start: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        planner: Planner,
+        post: Callable[[Message], object],
+        start: Callable[[], object],
+        first: Callable[[Question], object],
+    ) -> None:
         self.planner = planner
         self.question = Question()
         """What is asked; its answer may not be there yet."""
@@ -32,7 +39,7 @@ class Desk:
         """The last question that had a plan, or that did not fit: what a wrong value falls back to."""
         self.busy = False
         self._undo: list[Question] = []
-        self._post, self._start = post, start
+        self._post, self._start, self._first = post, start, first
         self._newest = self._answered = 0
 
     def ask(self, question: Question, *, undoable: bool = True) -> None:
@@ -79,6 +86,7 @@ class Desk:
         while self._newest != self._answered:
             ticket, question = self._newest, self.question
             try:
+                self._first(question)
                 for answer in self.planner.answer(question, self._tell, lambda ticket=ticket: ticket != self._newest):  # type: ignore[misc]
                     if isinstance(answer, PlanView):
                         self._post(Planned(question, answer))

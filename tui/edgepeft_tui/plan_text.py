@@ -116,6 +116,15 @@ def glance_text(glance: Glance) -> Text:
     return spare_text(peak, round(peak * glance.memory.uncertainty), glance.budget_bytes)
 
 
+def trial_text(view: PlanView, what: str, text: str, glance: Glance) -> Text:
+    """A value under the cursor beside the plan as it is."""
+    memory = view.memory
+    now_is = spare_text(memory.peak_bytes, round(memory.peak_bytes * memory.uncertainty), view.plan.spec.budget_bytes)
+    return Text.assemble(
+        (f"{visible(what)} {visible(text)[:24] or 'auto'}: ", "bold"), glance_text(glance), "\nas it is: ", now_is
+    )
+
+
 def refusal_text(refusal: Refusal, width: int) -> Text:
     """Why there is no plan, and what would help."""
     text = Text(visible(refusal.text), style="bold red" if not refusal.fits else "yellow")

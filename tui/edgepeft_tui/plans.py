@@ -100,7 +100,6 @@ class Planner:
         self._simulator: Simulator | None = None
         self._request: PlanRequest | None = None
         self._asked: Question | None = None
-        self._stale: Callable[[], bool] = lambda: False
 
     def forget(self) -> None:
         """Looks at devices, models and data anew from the next question on."""
@@ -143,16 +142,20 @@ class Planner:
         from edgepeft.plan.stages import plan_in_stages
         from edgepeft.plan.verify import Simulator
 
+        def check() -> None:
+            if stale():
+                raise Superseded
+
         request = self._request_for(question, tell)
         self._request, self._asked = request, question
         bins = request.lengths.histogram() if request.lengths is not None else ()
         with Simulator(lambda what: tell(what, None)) as simulator:
             self._simulator = simulator
             try:
-                for plan, stage in plan_in_stages(request, simulator.dry_run, verify=question.verify):
+                stages = plan_in_stages(request, simulator.dry_run, verify=question.verify, check=check)
+                for plan, stage in stages:
                     yield view_of(plan, question, bins, settled=stage == "settled")
-                    if stale():
-                        raise Superseded
+                    check()
             finally:
                 self._simulator = None
 

@@ -33,6 +33,7 @@ from edgepeft_tui.plan_text import (
     memory_title,
     refusal_text,
     summary_text,
+    trial_text,
 )
 from edgepeft_tui.plans import Planner, PlanView, Question, Refusal
 from edgepeft_tui.screens.plan_actions import PlanActions
@@ -45,6 +46,8 @@ from edgepeft_tui.widgets.others_list import OthersList
 from edgepeft_tui.widgets.sample_text import draw_lengths
 
 _FIRST = "m chooses a model, d the data, b begins with the demo's; then ctrl+s starts."
+
+_NOTHING_FITS = "nothing fits as it is set: change a value or the model; u takes the last change back"
 
 
 class PlanScreen(PlanActions):
@@ -63,7 +66,7 @@ class PlanScreen(PlanActions):
     def __init__(self) -> None:
         super().__init__()
         self.planner = Planner()
-        self.desk = Desk(self.planner, self.post_message, lambda: self._plan())
+        self.desk = Desk(self.planner, self.post_message, lambda: self._plan(), self._glance_at)
         self.view: PlanView | None = None
         self.refusal: Refusal | None = None
         self.adapter_name = ""
@@ -119,15 +122,12 @@ class PlanScreen(PlanActions):
 
     def change(self, question: Question, *, undoable: bool = True) -> None:
         """Asks, and shows at once what can be said at once."""
+        busy = self.desk.busy
         self.desk.ask(question, undoable=undoable)
+        if busy:
+            # The planner's own thread has something else to end first.
+            self._glance("", "", question)
         self._show_question()
-        if self.view is not None and question.values != self.view_values:
-            changed = {
-                name
-                for name in {*question.values, *self.view_values}
-                if question.values.get(name) != self.view_values.get(name)
-            }
-            self._glance(next(iter(changed), ""), "", question)
 
     @property
     def view_values(self) -> dict[str, str]:
@@ -182,8 +182,13 @@ class PlanScreen(PlanActions):
 
     @work(thread=True, exclusive=True, group="glance", exit_on_error=False)
     def _glance(self, what: str, text: str, question: Question) -> None:
-        if self.view is not None:
-            self.post_message(Glanced(what, text, self.planner.glance(question, self.view.plan.spec)))
+        self._glance_at(question, what, text)
+
+    def _glance_at(self, question: Question, what: str = "", text: str = "") -> None:
+        """In a thread: tells what a changed value makes of the memory, before there is a plan for it."""
+        view = self.view
+        if view is not None and self._planned_for == (question.model, question.data):
+            self.post_message(Glanced(what, text, self.planner.glance(question, view.plan.spec)))
 
     @work(thread=True, exclusive=True, group="words", exit_on_error=False)
     def _find_words(self, row: ChoiceRow) -> None:
@@ -248,16 +253,18 @@ class PlanScreen(PlanActions):
 
     @on(Glanced)
     def _glanced(self, message: Glanced) -> None:
-        glance = message.glance
+        glance, memory = message.glance, message.glance.memory
+        trying = isinstance(self._app.screen, EditValue)
         if isinstance(self._app.screen, EditValue):
             self._app.screen.show_effect(glance_text(glance))
-        elif self.view is not None and self.desk.question.values == self.view_values:
+        elif self.desk.question.values == self.view_values:
             return  # the plan itself came first
-        if glance.memory is not None:
-            peak = glance.memory.peak
+        if memory is not None:
             self.query_one(LedgerBar).ledger = Ledger(
-                peak.bytes_by_category, glance.budget_bytes, glance.memory.uncertainty
+                memory.peak.bytes_by_category, glance.budget_bytes, memory.uncertainty
             )
+            if trying and self.view is not None:
+                self.query_one("#summary", Static).update(trial_text(self.view, message.what, message.text, glance))
 
     @on(WordsFound)
     def _words_found(self, message: WordsFound) -> None:
@@ -332,6 +339,8 @@ class PlanScreen(PlanActions):
             state.update(Text(f"{visible(doing)} {glyphs().more}{cancel}{known}", style="italic"))
         elif self.view is not None and self.refusal is None:
             state.update(Text(visible(data_text(self.view))))
+        elif self.refusal is not None and not self.refusal.fits:
+            state.update(Text(_NOTHING_FITS, style="italic"))
         else:
             state.update(Text("" if question.model else _FIRST, style="dim"))
         notes = len(self.view.plan.notes) if self.view is not None else 0
