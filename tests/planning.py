@@ -20,7 +20,7 @@ from edgepeft.plan.options import typed_options
 from edgepeft.plan.request import Given, PlanRequest
 from edgepeft.units import GIB, format_bytes, parse_bytes
 from edgepeft_tui import app as ui
-from edgepeft_tui import choice_rows, finds, plan_text, plans
+from edgepeft_tui import choice_rows, finds, plan_text
 from edgepeft_tui.app import EdgepeftApp
 from edgepeft_tui.finds import DemoChoice, DrawnPiece, DrawnSample, Found
 from edgepeft_tui.plans import Planner, Question
@@ -45,7 +45,7 @@ CARD = device(
 
 
 class MadeUp(Planner):
-    """Plans for any model by name; a data file called `bad` is refused, and `slow` waits until it is superseded."""
+    """Plans for any model by name; a data file called `bad` is refused."""
 
     def _request_for(self, question: Question, tell: Any) -> PlanRequest:
         typed = typed_options(question.values)
@@ -92,7 +92,6 @@ def patch(monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = (DrawnPiece("<|im_start|>user\n[/x] What?", False, False), DrawnPiece("An answer<|im_end|>", True, False))
     samples = (DrawnSample("record 1, line 1", pieces, 20, 6), DrawnSample("record 2, line 2", trouble=HOSTILE))
     monkeypatch.setattr(finds, "drawn_samples", lambda model, data, values: samples)
-    assert plans is not None
 
 
 async def settle(app: EdgepeftApp, pilot: Pilot[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ import pytest
 from textual.pilot import Pilot
 from textual.widgets import Input, OptionList, Static
 
-from edgepeft.errors import DiskProblem
+from edgepeft.errors import DiskProblem, Interrupted
+from edgepeft.memory.breakdown import Breakdown, Phase
+from edgepeft.memory.dry_run import DryRun, DryRunRequest
+from edgepeft.plan import verify as verifying
 from edgepeft.runs import launch as launching
 from edgepeft_tui import finds, starting
 from edgepeft_tui.app import EdgepeftApp
@@ -430,3 +434,115 @@ def test_text_from_outside_never_becomes_markup(monkeypatch: pytest.MonkeyPatch)
         assert "\x1b" not in screen_text(app)
 
     drive(check, model="smollm2-135m", data=DATA)
+
+
+class SlowSimulator:
+    """Answers when it is cancelled, or at once where `released` is set."""
+
+    released = threading.Event()
+    cancelled = False
+
+    def __init__(self, say: Any = None) -> None:
+        self._ended = threading.Event()
+
+    def __enter__(self) -> SlowSimulator:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def cancel(self) -> None:
+        SlowSimulator.cancelled = True
+        self._ended.set()
+
+    def dry_run(self, question: DryRunRequest) -> DryRun:
+        while not self.released.is_set():
+            if self._ended.wait(0.01):
+                raise Interrupted("the dry run was cancelled")
+        memory = Breakdown((Phase("train step", {"frozen weights": 3 << 30}),))
+        return DryRun(memory, 30, (2, 3), 1.5, "2.13", "cpu")
+
+
+@pytest.fixture
+def slow(monkeypatch: pytest.MonkeyPatch) -> type[SlowSimulator]:
+    SlowSimulator.released.clear()
+    SlowSimulator.cancelled = False
+    monkeypatch.setattr(verifying, "Simulator", SlowSimulator)
+    return SlowSimulator
+
+
+def test_a_dry_run_is_told_beside_the_prediction(slow: type[SlowSimulator]) -> None:
+    slow.released.set()
+
+    async def check(app: EdgepeftApp, screen: PlanScreen, pilot: Pilot[str]) -> None:
+        await pilot.press("v")
+        await settle(app, pilot)
+        assert screen.view is not None
+        assert screen.view.plan.dry_run is not None
+        assert "dry run 3.00" in screen_text(app)
+        await pilot.press("v")
+        await pilot.pause()
+        assert isinstance(app.screen, Reading)
+        assert "difference" in screen_text(app)
+
+    drive(check, (120, 40), model="smollm2-135m", data=DATA)
+
+
+def test_a_dry_run_runs_in_the_background_and_is_cancelled(slow: type[SlowSimulator]) -> None:
+    async def check(app: EdgepeftApp, screen: PlanScreen, pilot: Pilot[str]) -> None:
+        before = screen.view
+        await pilot.press("v")
+        for _ in range(5):
+            await pilot.pause(0.02)
+        assert screen.desk.busy
+        assert "v cancels" in screen_text(app)
+        await pilot.press("down", "up")
+        await pilot.press("ctrl+s")
+        assert "still being made" in told(app)
+        await pilot.press("v")
+        await settle(app, pilot)
+        assert slow.cancelled
+        assert "cancelled" in told(app)
+        assert not screen.desk.busy
+        assert screen.view == before
+        assert not screen.desk.question.verify
+
+    drive(check, model="smollm2-135m", data=DATA)
+
+
+def test_a_changed_value_ends_the_dry_run_of_the_plan_before(slow: type[SlowSimulator]) -> None:
+    async def check(app: EdgepeftApp, screen: PlanScreen, pilot: Pilot[str]) -> None:
+        await pilot.press("v")
+        for _ in range(5):
+            await pilot.pause(0.02)
+        screen.set_value("rank", "4")
+        await settle(app, pilot)
+        assert slow.cancelled
+        assert row(screen, "rank").value == "4"
+
+    drive(check, model="smollm2-135m", data=DATA)
+
+
+def test_everything_that_is_known_is_told() -> None:
+    async def check(app: EdgepeftApp, screen: PlanScreen, pilot: Pilot[str]) -> None:
+        await pilot.press("n")
+        await pilot.pause()
+        assert isinstance(app.screen, Reading)
+        assert "Plan for smollm2-135m" in screen_text(app)
+
+    drive(check, model="smollm2-135m", data=DATA)
+
+
+def test_data_that_is_chosen_first_waits_for_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(finds, "store_models", lambda: ())
+
+    async def check(app: EdgepeftApp, screen: PlanScreen, pilot: Pilot[str]) -> None:
+        assert not screen.desk.busy
+        assert screen.view is None
+        assert "chooses a model" in screen_text(app)
+        screen.show(model="smollm2-135m")
+        await settle(app, pilot)
+        assert screen.view is not None
+        assert screen.view.plan.data is not None
+
+    drive(check, data=DATA)

@@ -122,6 +122,11 @@ class PlanScreen(PlanActions):
 
     def change(self, question: Question, *, undoable: bool = True) -> None:
         """Asks, and shows at once what can be said at once."""
+        if not question.model:
+            # Such as data that was chosen first: there is nothing to plan yet.
+            self.desk.question = question
+            self._show_question()
+            return
         busy = self.desk.busy
         self.desk.ask(question, undoable=undoable)
         if busy:
