@@ -11,7 +11,7 @@ from rich.text import Text
 
 from edgepeft.memory.breakdown import Breakdown
 from edgepeft.units import format_bytes, format_count, format_share
-from edgepeft_tui.glyphs import glyphs
+from edgepeft_tui.glyphs import ASCII, glyphs
 from edgepeft_tui.text import visible
 from edgepeft_tui.widgets.ledger_bar import format_in, unit_of
 
@@ -35,7 +35,7 @@ def memory_title(memory: Breakdown) -> str:
 def spare_text(peak_bytes: int, unsure_bytes: int, budget_bytes: int | None) -> Text:
     """Predicted, with what it may be off, and what is left of the budget."""
     unit, name = unit_of(max(peak_bytes, budget_bytes or 0))
-    sign = "±" if glyphs().full == "█" else "+-"
+    sign = "+-" if glyphs() is ASCII else "±"
     text = Text()
     text.append(f"predicted {format_in(peak_bytes, unit)} {name}", style="bold")
     if unsure_bytes:

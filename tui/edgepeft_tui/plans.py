@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 Tell = Callable[[str, float | None], None]
 """Told what is being done and which share of it is done, if known."""
 
+_GIVEN = ("gpu", "budget", "intent")
+"""Options that are decided before a plan is searched."""
+
 
 class Question(msgspec.Struct, frozen=True):
     """What is asked of the planner."""
@@ -181,7 +184,7 @@ class Planner:
         return make_request(question.model, data, typed, progress=tell, sources=self._sources)
 
     def glance(self, question: Question, like: RunSpec) -> Glance:
-        """What a changed value makes of the memory, in a few milliseconds; never reads what was not read before."""
+        """What a changed value makes of the memory, in a few milliseconds; nothing where data would have to be read."""
         from edgepeft.plan.build import DATA_OPTIONS
         from edgepeft.plan.options import typed_options
         from edgepeft.plan.stages import glance
@@ -190,15 +193,13 @@ class Planner:
         if before is None or asked is None:
             return Glance()
         try:
-            typed = typed_options(question.values)
-            slow = ("gpu", "budget", "intent", "from_", *DATA_OPTIONS)
-            changed = {name: typed.get(name) for name in slow} != {
-                name: typed_options(asked.values).get(name) for name in slow
-            }
-            if changed or before.parent is not None:
+            typed, known = typed_options(question.values), typed_options(asked.values)
+            if any(typed.get(name) != known.get(name) for name in ("from_", *DATA_OPTIONS)):
+                return Glance()
+            plain = {name: value for name, value in typed.items() if name not in _GIVEN + DATA_OPTIONS}
+            if before.parent is not None or any(typed.get(name) != known.get(name) for name in _GIVEN):
                 request = self._request_for(question, None)
             else:
-                plain: dict[str, Any] = {name: value for name, value in typed.items() if name not in slow}
                 request = msgspec.structs.replace(before, overrides=plain)
             return Glance(glance(request, like), request.budget_bytes)
         except EdgepeftError as error:
