@@ -546,3 +546,18 @@ def test_data_that_is_chosen_first_waits_for_a_model(monkeypatch: pytest.MonkeyP
         assert screen.view.plan.data is not None
 
     drive(check, data=DATA)
+
+
+def test_what_cannot_be_read_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def demo() -> Any:
+        raise DiskProblem("the disk is full", where="/cache", hint="Free some space")
+
+    monkeypatch.setattr(finds, "demo_choice", demo)
+
+    async def check(app: EdgepeftApp, screen: PlanScreen, pilot: Pilot[str]) -> None:
+        await pilot.press("b")
+        await settle(app, pilot)
+        assert "the disk is full" in told(app)
+        assert screen.view is not None
+
+    drive(check, model="smollm2-135m", data=DATA)

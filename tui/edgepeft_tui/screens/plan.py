@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import msgspec
 from rich.text import Text
-from textual import events, on, work
+from textual import on, work
 from textual.app import ComposeResult
 from textual.binding import BindingType
 from textual.containers import Horizontal, Vertical
+from textual.message import Message
 from textual.widgets import OptionList, Static
 
+from edgepeft.errors import EdgepeftError
 from edgepeft_tui.actions import bindings
-from edgepeft_tui.choice_rows import ChoiceRow, bare_rows, has_words, overlaid, settable, words_for
-from edgepeft_tui.glyphs import glyphs
+from edgepeft_tui.choice_rows import ChoiceRow, has_words, settable, words_for
 from edgepeft_tui.plan_desk import Desk
 from edgepeft_tui.plan_messages import (
     DemoFound,
@@ -27,30 +29,19 @@ from edgepeft_tui.plan_messages import (
     WordsFound,
 )
 from edgepeft_tui.plan_text import (
-    command_text,
-    data_text,
     glance_text,
-    memory_title,
-    refusal_text,
-    summary_text,
     trial_text,
 )
 from edgepeft_tui.plans import Planner, PlanView, Question, Refusal
-from edgepeft_tui.screens.plan_actions import PlanActions
 from edgepeft_tui.screens.plan_dialogs import EditValue
-from edgepeft_tui.text import visible
+from edgepeft_tui.screens.plan_showing import FIRST_KEYS, PlanShowing
 from edgepeft_tui.widgets.choice_table import ChoiceTable
 from edgepeft_tui.widgets.field import Field
 from edgepeft_tui.widgets.ledger_bar import Ledger, LedgerBar
 from edgepeft_tui.widgets.others_list import OthersList
-from edgepeft_tui.widgets.sample_text import draw_lengths
-
-_FIRST = "m chooses a model, d the data, b begins with the demo's; then ctrl+s starts."
-
-_NOTHING_FITS = "nothing fits as it is set: change a value or the model; u takes the last change back"
 
 
-class PlanScreen(PlanActions):
+class PlanScreen(PlanShowing):
     """Shows the plan for what is asked; the desk has the questions, this the answers."""
 
     AREA = "plan"
@@ -84,7 +75,7 @@ class PlanScreen(PlanActions):
         yield Static("", id="state", markup=False)
         with Vertical(id="memory", classes="frame"):
             yield LedgerBar(id="bar")
-            yield Static(Text(_FIRST), id="summary", markup=False)
+            yield Static(Text(FIRST_KEYS), id="summary", markup=False)
         with Vertical(id="work"):
             with Vertical(id="choices", classes="frame"):
                 yield ChoiceTable(id="table")
@@ -125,14 +116,14 @@ class PlanScreen(PlanActions):
         if not question.model:
             # Such as data that was chosen first: there is nothing to plan yet.
             self.desk.question = question
-            self._show_question()
+            self.show_question()
             return
         busy = self.desk.busy
         self.desk.ask(question, undoable=undoable)
         if busy:
             # The planner's own thread has something else to end first.
             self._glance("", "", question)
-        self._show_question()
+        self.show_question()
 
     @property
     def view_values(self) -> dict[str, str]:
@@ -173,7 +164,7 @@ class PlanScreen(PlanActions):
 
         def taken(text: str | None) -> None:
             if text is None:
-                self._show_memory()
+                self.show_memory()
             else:
                 self.set_value(row.what, text)
 
@@ -197,19 +188,26 @@ class PlanScreen(PlanActions):
 
     @work(thread=True, exclusive=True, group="words", exit_on_error=False)
     def _find_words(self, row: ChoiceRow) -> None:
-        self.post_message(WordsFound(row, words_for(row)))
+        self._read(lambda: WordsFound(row, words_for(row)))
 
     @work(thread=True, exclusive=True, group="models", exit_on_error=False)
     def _find_models(self) -> None:
         from edgepeft_tui import finds
 
-        self.post_message(ModelsFound(finds.store_models()))
+        self._read(lambda: ModelsFound(finds.store_models()))
 
     @work(thread=True, exclusive=True, group="demo", exit_on_error=False)
     def _find_demo(self) -> None:
         from edgepeft_tui import finds
 
-        self.post_message(DemoFound(finds.demo_choice()))
+        self._read(lambda: DemoFound(finds.demo_choice()))
+
+    def _read(self, make: Callable[[], Message]) -> None:
+        """In a thread: tells what was found, or why it was not."""
+        try:
+            self.post_message(make())
+        except (EdgepeftError, OSError) as error:
+            self._app.call_from_thread(self._app.tell_error, error)
 
     # What comes back ---------------------------------------------------------------------------------------------
 
@@ -222,7 +220,7 @@ class PlanScreen(PlanActions):
         self.desk.accept(message.question)
         self.view, self.refusal = message.view, None
         self._planned_for = message.question.model, message.question.data
-        self._show_view()
+        self.show_view()
 
     @on(PlanRefused)
     def _refused(self, message: PlanRefused) -> None:
@@ -231,8 +229,8 @@ class PlanScreen(PlanActions):
         if message.refusal.fits and self.desk.give_up():
             # A value that cannot be meant changes nothing.
             self._app.tell(message.refusal.text, severity="warning", seconds=10)
-            self._show_question()
-            self._show_memory()
+            self.show_question()
+            self.show_memory()
             return
         if not message.refusal.fits:
             self.desk.accept(message.question)
@@ -241,20 +239,20 @@ class PlanScreen(PlanActions):
                 self.view = None
         self.refusal = message.refusal
         self.query_one(OthersList).show_rows((), "nothing fits" if not message.refusal.fits else "no plan yet")
-        self._show_question()
-        self._show_memory()
+        self.show_question()
+        self.show_memory()
 
     @on(PlanProgress)
     def _progressed(self, message: PlanProgress) -> None:
         share = "" if message.share is None else f" {100 * message.share:3.0f} %"
         self._progress = f"{message.what}{share}"
-        self._show_state()
+        self.show_state()
 
     @on(PlanIdle)
     def _idle(self) -> None:
         self.desk.rest()
         self._progress = ""
-        self._show_state()
+        self.show_state()
 
     @on(Glanced)
     def _glanced(self, message: Glanced) -> None:
@@ -280,7 +278,7 @@ class PlanScreen(PlanActions):
         here = [model for model in message.models if model.usable]
         if here and not self.desk.question.model and not here[0].note.startswith("comes with"):
             self.change(msgspec.structs.replace(self.desk.question, model=here[0].key))
-        self._show_question()
+        self.show_question()
 
     @on(DemoFound)
     def _demo_found(self, message: DemoFound) -> None:
@@ -289,90 +287,9 @@ class PlanScreen(PlanActions):
         self.change(Question(demo.model, demo.data, demo.values))
         self.query_one("#start").focus()
 
-    # Showing -----------------------------------------------------------------------------------------------------
-
-    def _show_view(self) -> None:
-        self._show_question()
-        self._show_memory()
-        view = self.view
-        if view is None:
-            return
-        self.query_one(OthersList).show_rows(
-            view.others, "nothing else comes near" if view.settled else "comparing with other plans"
-        )
-        self._show_lengths()
-
-    def _show_question(self) -> None:
-        question = self.desk.question
-        self.query_one("#model", Field).value = question.model
-        self.query_one("#data", Field).value = question.data or ""
-        intent = question.values.get("intent", "")
-        rows = self.view.rows if self.view is not None else bare_rows() if question.model else ()
-        shown = next((row.value for row in rows if row.what == "intent" and row.origin), "")
-        self.query_one("#intent", Field).value = intent or shown
-        rows, pending = overlaid(rows, question.values)
-        self.query_one(ChoiceTable).show_rows(rows, pending)
-        self._show_why()
-        self._show_state()
-        self.query_one("#command", Static).update(
-            Text.assemble(("same  ", "dim"), visible(command_text(question))) if question.model else ""
-        )
-
-    def _show_memory(self) -> None:
-        bar, summary, frame = self.query_one(LedgerBar), self.query_one("#summary", Static), self.query_one("#memory")
-        refusal, view = self.refusal, self.view
-        bar.legend_lines = 1 if self.size.height < 24 else 2
-        memory = refusal.memory if refusal is not None else view.memory if view is not None else None
-        budget = refusal.budget_bytes if refusal is not None else view.plan.spec.budget_bytes if view else None
-        bar.ledger = None if memory is None else Ledger(memory.peak.bytes_by_category, budget, memory.uncertainty)
-        title = "Memory" if memory is None else memory_title(memory)
-        frame.border_title = title if refusal is None or refusal.fits else f"{title} {glyphs().dot} the smallest plan"
-        from edgepeft.units import format_bytes
-
-        frame.border_subtitle = f"budget {format_bytes(budget)}" if budget else ""
-        if refusal is not None:
-            summary.update(refusal_text(refusal, self.size.width))
-        elif view is not None:
-            summary.update(summary_text(view, wide=self.size.width >= 120))
-
-    def _show_state(self) -> None:
-        state, question = self.query_one("#state", Static), self.desk.question
-        if self.desk.busy:
-            doing = self._progress or "planning"
-            cancel = f" {glyphs().dot} v cancels" if question.verify else ""
-            known = f" {glyphs().dot} {data_text(self.view)}" if self.view is not None else ""
-            state.update(Text(f"{visible(doing)} {glyphs().more}{cancel}{known}", style="italic"))
-        elif self.view is not None and self.refusal is None:
-            state.update(Text(visible(data_text(self.view))))
-        elif self.refusal is not None and not self.refusal.fits:
-            state.update(Text(_NOTHING_FITS, style="italic"))
-        else:
-            state.update(Text("" if question.model else _FIRST, style="dim"))
-        notes = len(self.view.plan.notes) if self.view is not None else 0
-        word = f"{notes} note{'s' if notes > 1 else ''} (n)" if notes else ""
-        self.query_one("#choices").border_subtitle = word
-
-    def _show_why(self) -> None:
-        row = self.query_one(ChoiceTable).row
-        text = Text("")
-        if row is not None:
-            text = Text(visible(row.why if row.origin else row.help))
-        self.query_one("#why", Static).update(text)
-
-    def _show_lengths(self) -> None:
-        lengths = self.query_one("#lengths", Static)
-        if self.view is not None and self.query_one("#spread").display:
-            lengths.update(draw_lengths(self.view.bins, max(20, self.query_one("#spread").content_size.width)))
-
-    def on_resize(self, event: events.Resize) -> None:
-        """What depends on the width is drawn anew."""
-        if self.is_mounted:
-            self.call_after_refresh(self._show_lengths)
-            self._show_memory()
-
     @on(OptionList.OptionHighlighted, "#table")
     def _row_highlighted(self) -> None:
-        self._show_why()
+        self.show_why()
 
     @on(OptionList.OptionSelected, "#table")
     def _row_selected(self) -> None:
