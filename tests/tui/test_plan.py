@@ -539,7 +539,7 @@ def test_data_that_is_chosen_first_waits_for_a_model(monkeypatch: pytest.MonkeyP
     async def check(app: EdgepeftApp, screen: PlanScreen, pilot: Pilot[str]) -> None:
         assert not screen.desk.busy
         assert screen.view is None
-        assert "chooses a model" in screen_text(app)
+        assert "choose a base model" in screen_text(app)
         screen.show(model="smollm2-135m")
         await settle(app, pilot)
         assert screen.view is not None

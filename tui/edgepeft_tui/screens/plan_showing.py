@@ -18,7 +18,12 @@ from edgepeft_tui.widgets.ledger_bar import Ledger, LedgerBar
 from edgepeft_tui.widgets.others_list import OthersList
 from edgepeft_tui.widgets.sample_text import draw_lengths
 
-FIRST_KEYS = "m chooses a model, d the data, b begins with the demo's; then ctrl+s starts."
+FIRST_KEYS = (
+    "m  choose a base model: of the store, found elsewhere on this disk, or by its path\n"
+    "d  choose the data: a json, jsonl, csv, tsv or parquet file\n"
+    "b  begin with the demo instead: its model, data and values are filled in, enter starts it"
+)
+"""What to do first."""
 _NOTHING_FITS = "nothing fits as it is set: change a value or the model; u takes the last change back"
 
 
@@ -85,7 +90,7 @@ class PlanShowing(PlanActions):
         elif self.refusal is not None and not self.refusal.fits:
             state.update(Text(_NOTHING_FITS, style="italic"))
         else:
-            state.update(Text("" if question.model else FIRST_KEYS, style="dim"))
+            state.update("")
         notes = len(self.view.plan.notes) if self.view is not None else 0
         word = f"{notes} note{'s' if notes > 1 else ''} (n)" if notes else ""
         self.query_one("#choices").border_subtitle = word

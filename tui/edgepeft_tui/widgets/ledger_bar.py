@@ -161,6 +161,10 @@ class LedgerBar(Widget):
     ledger: reactive[Ledger | None] = reactive(None, layout=True)
     legend_lines: reactive[int] = reactive(2, layout=True)
 
+    def watch_ledger(self, ledger: Ledger | None) -> None:
+        """Takes no room where there is nothing to show."""
+        self.display = ledger is not None
+
     def render(self) -> Text:
         """Bar and legend, drawn to the widget's width."""
         if self.ledger is None:
