@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import psutil
 import pytest
 
-from edgepeft.errors import BadInput, DeviceUnusable, EdgepeftError, ExitCode
+from edgepeft.errors import BadInput, DeviceUnusable, EdgepeftError, ExitCode, Interrupted
 from edgepeft.memory.dry_run import DryRunRequest
 from edgepeft.memory.target import CPU
 from edgepeft.memory.workload import Workload
@@ -134,3 +135,18 @@ def test_an_interrupt_ends_the_dry_run_too(tmp_path: Path) -> None:
     assert process.returncode == ExitCode.INTERRUPTED
     assert b"Traceback" not in complaint
     assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
+
+
+def test_a_cancel_from_another_thread_ends_the_dry_run_at_once() -> None:
+    simulator = Simulator()
+    # The worker imports torch for longer than this.
+    timer = threading.Timer(0.3, simulator.cancel)
+    begin = time.monotonic()
+    with simulator:
+        timer.start()
+        with pytest.raises(Interrupted, match="cancelled"):
+            simulator.dry_run(REQUEST)
+        assert time.monotonic() - begin < 10
+        with pytest.raises(Interrupted):
+            simulator.dry_run(REQUEST)
+    assert not answer_file(REQUEST).exists()
