@@ -119,10 +119,15 @@ def stacked_bar(ledger: Ledger, width: int) -> Text:
     return bar
 
 
-def legend(bytes_by_category: Mapping[Category, int], width: int, lines: int = 2) -> Text:
-    """The categories with sign, name and size, on at most `lines` lines of `width` cells, the largest kept."""
+def legend(
+    bytes_by_category: Mapping[Category, int], width: int, lines: int = 2, budget_bytes: int | None = None
+) -> Text:
+    """The categories with sign, name and size, on at most `lines` lines of `width` cells, the largest kept.
+
+    Sizes are in the unit in which the total and the budget are told beside them.
+    """
     total = sum(bytes_by_category.values())
-    unit, _ = unit_of(total)
+    unit, _ = unit_of(max(total, budget_bytes or 0))
     entries = []
     for category in CATEGORIES:
         size = bytes_by_category.get(category, 0)
@@ -177,4 +182,6 @@ class LedgerBar(Widget):
         return 1 if self.ledger is None else 2 + self._legend(max(8, width)).plain.count("\n")
 
     def _legend(self, width: int) -> Text:
-        return Text() if self.ledger is None else legend(self.ledger.bytes_by_category, width, self.legend_lines)
+        if self.ledger is None:
+            return Text()
+        return legend(self.ledger.bytes_by_category, width, self.legend_lines, self.ledger.budget_bytes)
