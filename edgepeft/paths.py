@@ -10,6 +10,7 @@ import errno
 import os
 import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -98,6 +99,62 @@ def as_name(text: str) -> str:
     """The nearest valid name to `text`, for defaults: `Llama-3.2 1B` becomes `llama-3.2-1b`."""
     name = re.sub(r"[^a-z0-9._-]+", "-", text.lower()).strip("-._")[:64].rstrip("-._")
     return f"my-{name}" if _RESERVED.fullmatch(name) else name or "model"
+
+
+class FolderSize(msgspec.Struct, frozen=True):
+    """What a folder, or a file, holds."""
+
+    size_bytes: int
+    """Of the files that could be looked at; links are not followed."""
+    unreadable: int = 0
+    """Folders and files that could not be."""
+
+
+def places() -> dict[str, Path]:
+    """What is where, by what a person calls it."""
+    folders = home()
+    return {
+        "models": folders.models,
+        "adapters": folders.adapters,
+        "runs": folders.runs,
+        "cache": folders.cache,
+        "settings": folders.config_file,
+        "own profiles": folders.profiles,
+        "shipped profiles": builtin_profiles(),
+    }
+
+
+def measure_size(path: Path) -> FolderSize | None:
+    """The bytes below `path`; None where nothing is there."""
+    size = unreadable = 0
+    waiting = [path]
+    while waiting:
+        place = waiting.pop()
+        try:
+            found = place.lstat() if place != path else place.stat()
+            if stat.S_ISDIR(found.st_mode):
+                waiting += list(place.iterdir())
+            elif stat.S_ISREG(found.st_mode):
+                size += found.st_size
+        except FileNotFoundError:
+            if place == path:
+                return None
+        except OSError:
+            unreadable += 1
+    return FolderSize(size, unreadable)
+
+
+def clear_cache() -> Path:
+    """Deletes the cache, which is made again when needed; returns where it was.
+
+    Raises:
+        DiskProblem: a file may not be deleted.
+    """
+    cache = home().cache
+    with disk_errors(cache):
+        if cache.is_dir():
+            shutil.rmtree(cache)
+    return cache
 
 
 @contextmanager

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import tomllib
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
 from edgepeft.errors import BadInput, UsageError
 from edgepeft.paths import home, write_atomic
+from edgepeft.units import parse_bytes
 
 
 class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -37,6 +38,8 @@ WORLD_CO2_GRAMS_PER_KWH = 445.0
 """Mean of the world's electricity in 2024: International Energy Agency, *Electricity 2025*, chapter Emissions."""
 _LARGEST_CO2_GRAMS = 5000.0
 """Above any grid; lignite alone gives some 1,200."""
+WORDS: dict[str, tuple[str, ...]] = {"glyphs": ("unicode", "ascii"), "spacing": ("roomy", "compact")}
+"""What the settings of a few words may be."""
 _KEYS = "keys."
 """What comes before an action's id where one key of the UI is set."""
 _ENVIRONMENT = {name: f"EDGEPEFT_{name.upper()}" for name in Settings.__struct_fields__ if name != "keys"}
@@ -69,6 +72,49 @@ def settings() -> Settings:
     return msgspec.structs.replace(stored_settings(), **found)
 
 
+class ShownSetting(msgspec.Struct, frozen=True):
+    """One setting, as it is in force."""
+
+    key: str
+    """As `store_setting` takes it."""
+    value: str | None
+    """None where nothing was said."""
+    origin: Literal["default", "config.toml", "environment"]
+
+
+def shown_settings() -> list[ShownSetting]:
+    """Every setting in force with where it comes from; last the keys of the UI that were changed."""
+    stored = msgspec.structs.asdict(stored_settings())
+    found: list[ShownSetting] = []
+    for name, variable in _ENVIRONMENT.items():
+        if said := os.environ.get(variable):
+            found.append(ShownSetting(name, said, "environment"))
+        elif stored[name] is not None:
+            found.append(ShownSetting(name, str(stored[name]), "config.toml"))
+        else:
+            found.append(ShownSetting(name, None, "default"))
+    return found + [ShownSetting(_KEYS + action, keys, "config.toml") for action, keys in stored["keys"].items()]
+
+
+def variable_of(key: str) -> str:
+    """The environment variable that comes before a setting of config.toml."""
+    return _ENVIRONMENT[key]
+
+
+def check_setting(key: str, value: str) -> None:
+    """Refuses a value that nothing could use. Presets, cards and themes are checked where they are known.
+
+    Raises:
+        UsageError: it cannot be meant.
+    """
+    if key == "budget":
+        parse_bytes(value, where=key)
+    elif key == "co2_grams_per_kwh":
+        _grams(value)
+    elif key in WORDS and value not in WORDS[key]:
+        raise UsageError(f"unknown {value!r}", where=key, hint=f"Known: {', '.join(WORDS[key])}")
+
+
 def carbon_factor() -> float:
     """Grams of CO₂ of one kWh: the setting, else the world's average.
 
@@ -78,6 +124,10 @@ def carbon_factor() -> float:
     value = settings().co2_grams_per_kwh
     if value is None:
         return WORLD_CO2_GRAMS_PER_KWH
+    return _grams(value)
+
+
+def _grams(value: float | str) -> float:
     try:
         grams = float(value)
     except ValueError:

@@ -19,20 +19,14 @@ def show(as_json: JsonFlag = False) -> None:
     import msgspec
 
     from edgepeft.paths import home
-    from edgepeft.settings import settings, stored_settings
+    from edgepeft.settings import settings, shown_settings
 
-    in_force = msgspec.structs.asdict(settings())
     if as_json:
-        print_json(in_force)
+        print_json(msgspec.structs.asdict(settings()))
         return
-    stored = msgspec.structs.asdict(stored_settings())
     grid = table("setting", "value", "from")
-    keys = in_force.pop("keys")
-    for action, value in keys.items():
-        row(grid, f"keys.{action}", value, "config.toml")
-    for key, value in in_force.items():
-        origin = "default" if value is None else "config.toml" if value == stored[key] else "environment"
-        row(grid, key, "–" if value is None else str(value), origin)
+    for shown in shown_settings():
+        row(grid, shown.key, "–" if shown.value is None else shown.value, shown.origin)
     out.print(grid)
     line(f"File: {home().config_file}", "dim")
 
@@ -44,8 +38,10 @@ def set_(
     as_json: JsonFlag = False,
 ) -> None:
     """Change one setting in config.toml."""
-    from edgepeft.settings import store_setting
+    from edgepeft.settings import check_setting, store_setting
 
+    if value:
+        check_setting(key, value)
     store_setting(key, value or None)
     if as_json:
         print_json({key: value or None})
@@ -56,16 +52,12 @@ def set_(
 @cache_app.command("show")
 def cache_show(as_json: JsonFlag = False) -> None:
     """Show what the cache holds."""
-    from edgepeft.paths import home
+    from edgepeft.paths import home, measure_size
     from edgepeft.units import format_bytes
 
     cache = home().cache
-    sizes = {
-        entry.name: sum(file.stat().st_size for file in entry.rglob("*") if file.is_file())
-        if entry.is_dir()
-        else entry.stat().st_size
-        for entry in (sorted(cache.iterdir()) if cache.is_dir() else [])
-    }
+    found = {entry.name: measure_size(entry) for entry in (sorted(cache.iterdir()) if cache.is_dir() else [])}
+    sizes = {name: size.size_bytes for name, size in found.items() if size is not None}
     if as_json:
         print_json({"path": str(cache), "bytes": sizes})
         return
@@ -77,14 +69,9 @@ def cache_show(as_json: JsonFlag = False) -> None:
 @cache_app.command("clear")
 def cache_clear(as_json: JsonFlag = False) -> None:
     """Delete the cache; it is made again when needed."""
-    import shutil
+    from edgepeft.paths import clear_cache
 
-    from edgepeft.paths import disk_errors, home
-
-    cache = home().cache
-    with disk_errors(cache):
-        if cache.is_dir():
-            shutil.rmtree(cache)
+    cache = clear_cache()
     if as_json:
         print_json({"cleared": str(cache)})
     else:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from edgepeft.cli.output import JsonFlag, line, note, print_json
-
-if TYPE_CHECKING:
-    from edgepeft.library.merging import IntoChoice, Merged, MergeRequest
+from edgepeft.cli.output import JsonFlag, line, note, print_json, tell_lines
 
 Reference = Annotated[str, typer.Argument(help="NAME, NAME@v2 or a folder.")]
 Base = Annotated[
@@ -60,69 +57,48 @@ def merge(
     as_json: JsonFlag = False,
 ) -> None:
     """Write a model that has the adapter in its weights, and measure how far it is from the adapter on its base."""
-    from typing import get_args
-
-    import msgspec
-
-    from edgepeft.chat.comparison import choose_prompts
-    from edgepeft.chat.setup import ChosenAdapter, choose_setup, other_template
+    from edgepeft.chat.merge_words import make_merge, plan_merge, say_merged
     from edgepeft.cli.worker_progress import timed_progress
-    from edgepeft.library import merge_client, merging
-    from edgepeft.library.store import resolve_adapter
-    from edgepeft.library.target_path import Kind, check_target
 
-    kind = msgspec.convert(merging.check_format(format, get_args(merging.ModelFormat)), merging.ModelFormat)
-    adapter = resolve_adapter(reference)
-    merging.check_mergeable(adapter)
-    choice = merging.choose_into(adapter, into)
     with timed_progress() as progress:
-        setup = choose_setup(base, [ChosenAdapter(adapter)], gpu="cpu", progress=progress)
-        entry, card = setup.entry, adapter.card
-        place: Kind = "model" if kind == "safetensors" else "gguf"
-        target = check_target(out, place, replace=force, base=entry, adapter=adapter.path)
-        precision, compute_dtype = merging.how_trained(adapter, entry.stored_as)
-        texts = choose_prompts(entry, setup.adapters[0], prompts)
-        request = merging.MergeRequest(
-            base=entry.name,
-            adapter=str(adapter.path),
-            title=f"{entry.name} with {adapter.name or adapter.path.name}",
-            adapter_name=adapter.reference,
-            work="",
-            into=choice.into,
-            dtype=merging.choose_dtype(dtype, kind, choice.into, entry.stored_as, compute_dtype),
-            format=kind,
-            precision=precision,
-            compute_dtype=compute_dtype,
-            prompts=texts.ids,
-            template=other_template(entry, card) if card else None,
-            stop_ids=card.template.stop_token_ids if card and card.template else (),
+        plan = plan_merge(
+            reference,
+            out,
+            into=into,
+            dtype=dtype,
+            format=format,
+            base=base,
+            prompts=prompts,
+            limit=limit,
+            force=force,
+            progress=progress,
         )
-        most = merging.DEFAULT_LIMIT_NATS if limit is None else limit
-        result = merge_client.merge(request, target, most, force=force, progress=progress)
+        result = make_merge(plan, progress)
+    warnings = [*plan.warnings, *result.notes]
     if as_json:
-        warnings = [*setup.warnings, *result.notes]
         print_json(
             {
-                "path": str(target),
-                "base": entry.name,
-                "adapter": adapter.reference,
-                "format": kind,
-                "into": choice.into,
-                "why": choice.why,
-                "dtype": request.dtype if kind == "safetensors" else kind.removeprefix("gguf-"),
+                "path": str(plan.target),
+                "base": plan.request.base,
+                "adapter": plan.adapter.reference,
+                "format": plan.request.format,
+                "into": plan.choice.into,
+                "why": plan.choice.why,
+                "dtype": plan.dtype,
                 "bytes": result.size_bytes,
                 "changed_tensors": result.changed,
                 "tensors": result.tensors,
                 "drift": result.drift,
-                "limit_nats": most,
-                "compared_on": texts.source,
+                "limit_nats": plan.limit_nats,
+                "compared_on": plan.compared_on,
                 "warnings": warnings,
             }
         )
         return
-    for warning in (*setup.warnings, *result.notes):
+    for warning in warnings:
         note(f"Note: {warning}", "yellow")
-    _tell_merged(target, kind, request, choice, result, texts.source, most)
+    tell_lines(say_merged(plan, result))
+    line(f"  edgepeft models add {plan.target}", "dim")
 
 
 def export(
@@ -137,40 +113,20 @@ def export(
 
     Another method goes into the form that PEFT has for it.
     """
-    from typing import get_args
-
-    import msgspec
-
-    from edgepeft.chat.setup import ChosenAdapter, choose_setup
+    from edgepeft.chat.merge_words import make_export, plan_export, say_exported
     from edgepeft.cli.worker_progress import timed_progress
-    from edgepeft.library import merge_client, merging
-    from edgepeft.library.store import resolve_adapter
-    from edgepeft.library.target_path import Kind, check_target
-    from edgepeft.units import format_bytes
 
-    kind = msgspec.convert(merging.check_format(format, get_args(merging.AdapterFormat)), merging.AdapterFormat)
-    adapter = resolve_adapter(reference)
-    merging.check_exportable(adapter, kind)
     with timed_progress() as progress:
-        setup = choose_setup(base, [ChosenAdapter(adapter)], gpu="cpu", progress=progress)
-        place: Kind = "adapter" if kind == "peft" else "gguf"
-        target = check_target(out, place, replace=force, base=setup.entry, adapter=adapter.path)
-        request = merging.ExportRequest(
-            base=setup.entry.name,
-            adapter=str(adapter.path),
-            title=adapter.name or adapter.path.name,
-            work="",
-            format=kind,
-        )
-        result = merge_client.export(request, target, progress)
-    warnings = [*setup.warnings, *merging.export_notes(adapter), *result.notes]
+        plan = plan_export(reference, out, format, base=base, force=force, progress=progress)
+        result = make_export(plan, progress)
+    warnings = [*plan.warnings, *result.notes]
     if as_json:
         print_json(
             {
-                "path": str(target),
-                "base": setup.entry.name,
-                "adapter": adapter.reference,
-                "format": kind,
+                "path": str(plan.target),
+                "base": plan.request.base,
+                "adapter": plan.adapter.reference,
+                "format": plan.request.format,
                 "bytes": result.size_bytes,
                 "method": result.method,
                 "rank": result.rank,
@@ -182,32 +138,6 @@ def export(
         return
     for warning in warnings:
         note(f"Note: {warning}", "yellow")
-    line(f"Wrote {target} ({format_bytes(result.size_bytes)})")
-    if result.alpha is None:
-        line(f"  {result.method}, in {result.modules} places of {setup.entry.name}")
-    else:
-        line(f"  rank {result.rank}, alpha {result.alpha:g}, on {result.modules} linears of {setup.entry.name}")
-    if kind == "gguf":
-        line(f"  llama-cli -m BASE.gguf --lora {target}", "dim")
-
-
-def _tell_merged(
-    target: Path,
-    kind: str,
-    request: MergeRequest,
-    choice: IntoChoice,
-    result: Merged,
-    compared_on: str,
-    limit: float,
-) -> None:
-    from edgepeft.library.merging import drift_text
-    from edgepeft.units import format_bytes
-
-    rounded = "" if kind == "safetensors" else ", rounded to the file's type"
-    form = request.dtype if kind == "safetensors" else kind.removeprefix("gguf-")
-    line(f"Wrote {target} ({format_bytes(result.size_bytes)}, {form})")
-    line(f"  merged into the {choice.into} weights: {choice.why}")
-    line(f"  {result.changed} of {result.tensors} tensors changed, the others are the base's" + rounded)
-    line(f"  against the adapter on its base, on {compared_on}:")
-    line(f"  {drift_text(result.drift)}", None if result.drift.mean_kl <= limit else "yellow")
-    line(f"  edgepeft models add {target}", "dim")
+    tell_lines(say_exported(plan, result))
+    if plan.request.format == "gguf":
+        line(f"  llama-cli -m BASE.gguf --lora {plan.target}", "dim")

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import os
 import sys
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from edgepeft.library.combine_text import Said
 
 
 class PipeConsole(Console):
@@ -43,6 +47,12 @@ def line(text: str = "", style: str | None = None) -> None:
 def note(text: str, style: str | None = "dim") -> None:
     """One line on stderr, so that stdout stays clean for pipes."""
     stderr.print(Text(text, style=style or ""))
+
+
+def tell_lines(lines: Sequence[Said]) -> None:
+    """What came of some work on stdout: the first line, and the others set in below it."""
+    for number, said in enumerate(lines):
+        line(f"  {said.text}" if number else said.text, "yellow" if said.careful else None)
 
 
 def table(*columns: str, right: tuple[str, ...] = ()) -> Table:

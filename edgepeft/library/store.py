@@ -80,7 +80,7 @@ def resolve_adapter(reference: str) -> AdapterFolder:
     match = _REFERENCE.fullmatch(reference)
     if match is not None:
         name, wanted = match.groups()
-        versions = _versions(name)
+        versions = versions_of(name)
         if versions:
             version = int(wanted) if wanted else versions[-1]
             if version not in versions:
@@ -103,7 +103,7 @@ def resolve_adapter(reference: str) -> AdapterFolder:
 
 def find_newest(name: str) -> AdapterFolder | None:
     """The newest usable version of a name; None where there is none."""
-    for version in reversed(_versions(name)):
+    for version in reversed(versions_of(name)):
         try:
             return open_adapter(home().adapters / name / f"v{version}", name, version)
         except BadInput:
@@ -193,11 +193,14 @@ def scan_library() -> tuple[list[AdapterFolder], list[BrokenVersion]]:
     """Every version in the library: the usable ones, and the broken ones with the reason."""
     usable: list[AdapterFolder] = []
     broken: list[BrokenVersion] = []
-    root = home().adapters
-    names = sorted(entry.name for entry in root.iterdir() if entry.is_dir()) if root.is_dir() else []
-    for name in names:
-        for version in _versions(name):
-            folder = root / name / f"v{version}"
+    for name in library_names():
+        try:
+            versions = versions_of(name)
+        except OSError as error:
+            broken.append(BrokenVersion(home().adapters / name, f"cannot be read: {error.strerror or error}"))
+            continue
+        for version in versions:
+            folder = home().adapters / name / f"v{version}"
             try:
                 usable.append(open_adapter(folder, name, version))
             except BadInput as error:
@@ -205,9 +208,15 @@ def scan_library() -> tuple[list[AdapterFolder], list[BrokenVersion]]:
     return usable, broken
 
 
+def library_names() -> list[str]:
+    """The folders of the library by their names; one may hold no usable version, or none at all."""
+    root = home().adapters
+    return sorted(entry.name for entry in os.scandir(root) if entry.is_dir()) if root.is_dir() else []
+
+
 def next_version(name: str) -> int:
     """The number that the next version of `name` gets; numbers of removed versions are not used again."""
-    used = [*_versions(name), *(entry.version for entry in read_audit(name))]
+    used = [*versions_of(name), *(entry.version for entry in read_audit(name))]
     return max(used, default=0) + 1
 
 
@@ -249,7 +258,7 @@ def import_adapter(folder: Path, name: str) -> str:
     """
     check_name(name)
     adapter = open_adapter(folder)
-    versions = _versions(name)
+    versions = versions_of(name)
     if adapter.card is not None:
         check_same_base(name, adapter.card.base_fingerprint)
     if versions:
@@ -273,7 +282,7 @@ def check_same_base(name: str, base_fingerprint: str) -> None:
     Raises:
         BadInput: they were trained on another base.
     """
-    for version in reversed(_versions(name)):
+    for version in reversed(versions_of(name)):
         card = read_card(home().adapters / name / f"v{version}")
         if card is not None and base_fingerprint and card.base_fingerprint not in ("", base_fingerprint):
             raise BadInput(
@@ -300,7 +309,7 @@ def rollback(reference: str, version: str | None = None) -> tuple[str, int]:
     """
     match = _REFERENCE.fullmatch(reference)
     name, wanted = match.groups() if match else ("", None)
-    versions = _versions(name) if name else []
+    versions = versions_of(name) if name else []
     if not versions:
         raise BadInput(f"no adapter in the library is called {reference!r}", hint="See: edgepeft adapters list")
     if version is not None:
@@ -330,7 +339,7 @@ def removable(reference: str) -> tuple[str, int | None, list[str]]:
     match = _REFERENCE.fullmatch(reference)
     name, wanted = match.groups() if match else ("", None)
     version = int(wanted) if wanted else None
-    doomed = [number for number in _versions(name) if version in (None, number)] if name else []
+    doomed = [number for number in versions_of(name) if version in (None, number)] if name else []
     if not doomed:
         raise BadInput(f"no adapter in the library is called {reference!r}", hint="See: edgepeft adapters list")
     return name, version, [f"{name}@v{number}" for number in doomed]
@@ -344,7 +353,7 @@ def remove(name: str, version: int | None = None) -> list[str]:
         DiskProblem: a file may not be deleted.
     """
     removable(f"{name}@v{version}" if version else name)
-    chosen = [number for number in _versions(name) if version in (None, number)]
+    chosen = [number for number in versions_of(name) if version in (None, number)]
     folder = home().adapters / name
     for number in chosen:
         doomed = folder / f".v{number}.removed"
@@ -440,7 +449,8 @@ def _add(adapter: AdapterFolder, name: str, card: Card | None, action: str, deta
     return f"{name}@v{version}"
 
 
-def _versions(name: str) -> list[int]:
+def versions_of(name: str) -> list[int]:
+    """The versions of `name` that are there, oldest first; a folder is all that makes one."""
     folder = home().adapters / name
     if not folder.is_dir():
         return []

@@ -96,6 +96,21 @@ def make_config(method: str, settings: Mapping[str, Any]) -> MethodConfig:
     return config
 
 
+def method_values(config: MethodConfig) -> dict[str, str]:
+    """What a method's config decides, by option name, as people write it."""
+    return {name.replace("_", "-"): _shown(getattr(config, name)) for name in config.__struct_fields__}
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        value = tuple(f"{name}:{number}" for name, number in value.items())
+    if isinstance(value, tuple):
+        return ", ".join(map(str, value)) or "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def _pair(field: str, text: str) -> tuple[str, str]:
     name, _, value = (part.strip() for part in text.partition(":"))
     if not name or not value:
@@ -134,5 +149,6 @@ __all__ = [
     "id_of",
     "make_config",
     "method_of",
+    "method_values",
     "no_lora_plus",
 ]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from edgepeft.errors import BadInput
 from edgepeft.library.parent import TAKEN_OVER
-from edgepeft.methods import METHODS, LoraConfig, MethodConfig, count_parameters, id_of
+from edgepeft.methods import METHODS, LoraConfig, count_parameters, id_of, method_values
 from edgepeft.plan.speed import OFFLOAD_SPEED, say_time
 from edgepeft.plan.train_plan import Choice, DataSummary, Origin
 from edgepeft.plan.unfreezing import explain_unfreezing, say_unfreezing
@@ -80,21 +80,6 @@ def shown_values(spec: RunSpec) -> dict[str, str]:
         **upkeep_values(spec.upkeep),
         "seed": str(recipe.seed),
     }
-
-
-def method_values(config: MethodConfig) -> dict[str, str]:
-    """What a method's config decides, by option name, as people write it."""
-    return {name.replace("_", "-"): _shown(getattr(config, name)) for name in config.__struct_fields__}
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, dict):
-        value = tuple(f"{name}:{number}" for name, number in value.items())
-    if isinstance(value, tuple):
-        return ", ".join(map(str, value)) or "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def describe(

@@ -13,12 +13,12 @@ from edgepeft.library.parent import check_continues
 from edgepeft.memory.assembly import is_exact
 from edgepeft.memory.calibration import Correction, corrected
 from edgepeft.memory.dry_run import DryRunRequest
-from edgepeft.methods import METHODS, method_of, no_lora_plus
+from edgepeft.methods import METHODS, method_of, method_values, no_lora_plus
 from edgepeft.methods.full import QUANTIZED, cannot_train
 from edgepeft.plan.device import find_device
 from edgepeft.plan.lengths import SampleLengths
 from edgepeft.plan.prediction import correction_for, predict
-from edgepeft.plan.reasons import TIME, check_samples_left, method_values, shown_values, steps_of, time_choice
+from edgepeft.plan.reasons import TIME, check_samples_left, shown_values, steps_of, time_choice
 from edgepeft.plan.simulated import read_config
 from edgepeft.plan.speed import RunTime, time_run
 from edgepeft.plan.train_plan import Choice, TrainPlan

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from edgepeft.errors import UsageError
-from edgepeft.methods import LoraConfig, count_parameters, make_config
+from edgepeft.methods import LoraConfig, count_parameters, make_config, method_values
 from edgepeft.models.config import read_shape
-from edgepeft.plan.reasons import method_values
 from tiny import tiny_config
 
 SHAPE = read_shape(tiny_config())

@@ -32,7 +32,7 @@ class Action(msgspec.Struct, frozen=True):
 
 
 APP = (
-    Action("app.help", "f1", "toggle_help", "Help", "Say what the focused part is and which keys it has", show=True),
+    Action("app.help", "f1", "show_help", "Help", "Say what the focused part is and which keys it has", show=True),
     Action("app.home", "f2", "go('home')", "Home", "Machine, runs, adapters and models at one glance"),
     Action("app.plan", "f3", "go('plan')", "Plan", "Plan a run: what fits, what it costs, and why"),
     Action("app.train", "f4", "go('train')", "Train", "Watch runs, pause, stop and resume them"),
@@ -96,8 +96,31 @@ TRAIN = (
     Action("train.remove", "d", "remove_run", "Remove", "Delete the folder of the run, after a question"),
 )
 CHAT: tuple[Action, ...] = ()
-ADAPTERS: tuple[Action, ...] = ()
-SETTINGS: tuple[Action, ...] = ()
+ADAPTERS = (
+    Action("adapters.card", "enter", "card", "Card", "Show everything that is known of it", show=True),
+    Action("adapters.mark", "space", "mark", "Mark", "Mark it, for what takes several", show=True),
+    Action("adapters.chat", "c", "chat", "Chat", "Chat with it, or compare two to four marked ones", show=True),
+    Action("adapters.compose", "o", "compose", "Compose", "Make one adapter of the marked ones", show=True),
+    Action("adapters.merge", "m", "merge", "Merge", "Write a model with it in its weights", show=True),
+    Action("adapters.average", "a", "average", "Average", "Make the mean of the marked ones"),
+    Action("adapters.compare", "d", "compare", "Differences", "Show two marked ones side by side"),
+    Action("adapters.export", "x", "export", "Export", "Write it alone, for other programs"),
+    Action("adapters.import", "i", "import", "Import", "Take over a folder that PEFT saved"),
+    Action("adapters.rollback", "b", "roll_back", "Roll back", "Make the name mean an older version again"),
+    Action("adapters.remove", "delete", "remove", "Delete", "Delete it, after a question"),
+    Action("adapters.filter", "ctrl+f", "filter", "Filter", "Show only what holds the words you type"),
+    Action("adapters.versions", "v", "versions", "Versions", "Move to the versions"),
+    Action("adapters.stop", "s", "stop", "Stop", "Stop the work that runs; then hide what it said"),
+)
+SETTINGS = (
+    Action("settings.change", "enter", "change", "Change", "Give it another value, or another key", show=True),
+    Action("settings.default", "d", "default", "Default", "Put it back to its default", show=True),
+    Action("settings.list", "s", "focus_part('settings')", "Settings", "Move to the settings", show=True),
+    Action("settings.keys", "k", "focus_part('keys')", "Keys", "Move to the keys", show=True),
+    Action("settings.folders", "o", "focus_part('folders')", "Folders", "Move to the folders", show=True),
+    Action("settings.here", "h", "focus_part('here')", "Versions", "Move to what runs here"),
+    Action("settings.clear", "c", "clear_cache", "Clear cache", "Delete what is made again when needed"),
+)
 
 AREAS: dict[str, tuple[Action, ...]] = {
     "app": APP,

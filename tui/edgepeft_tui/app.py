@@ -22,6 +22,7 @@ from edgepeft_tui.readings import Machine, Shelves, read_machine, read_shelves
 from edgepeft_tui.screens.adapters import AdaptersScreen
 from edgepeft_tui.screens.chat import ChatScreen
 from edgepeft_tui.screens.dialogs import Choice
+from edgepeft_tui.screens.help import HelpScreen
 from edgepeft_tui.screens.home import HomeScreen
 from edgepeft_tui.screens.jump import JumpScreen
 from edgepeft_tui.screens.plan import PlanScreen
@@ -123,12 +124,9 @@ class EdgepeftApp(App[str]):
     async def _room_clicked(self, message: TopLine.Chosen) -> None:
         await self.go(message.room)
 
-    def action_toggle_help(self) -> None:
-        """Shows or hides what the focused part is and which keys it has."""
-        if self.screen.query("HelpPanel"):
-            self.action_hide_help_panel()
-        else:
-            self.action_show_help_panel()
+    def action_show_help(self) -> None:
+        """Shows what the focused part is and which keys it has."""
+        self.push_screen(HelpScreen(self.screen))
 
     def action_jump(self) -> None:
         """Puts a letter on every part that can have the focus."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+from rich.console import RenderableType
 from rich.text import Text
 from textual import on
 from textual.app import ComposeResult
@@ -117,7 +118,8 @@ class Reading(Dialog):
         Binding("enter,q", "dismiss_empty", "Close", id="dialog.close", show=False),
     ]
 
-    def __init__(self, text: str | Text, *, title: str = "") -> None:
+    def __init__(self, text: str | RenderableType, *, title: str = "") -> None:
+        """Args: `text` may be drawn already; a plain one is never markup."""
         super().__init__()
         self._text, self._title = text, title
 
@@ -127,8 +129,7 @@ class Reading(Dialog):
 
         with VerticalScroll(classes="dialog reading") as frame:
             frame.border_title = Text(visible(self._title)).markup
-            shown = self._text if isinstance(self._text, Text) else Text(visible_lines(self._text))
-            yield Static(shown)
+            yield Static(Text(visible_lines(self._text)) if isinstance(self._text, str) else self._text)
 
     def on_mount(self) -> None:
         """The frame scrolls by keys."""

@@ -44,9 +44,24 @@ class HomeScreen(Room):
         with Vertical(id="machine", classes="frame"):
             yield MemoryBars(id="memory")
         with Horizontal(id="work"):
-            yield Shelf("Runs (r)", "No run yet: d plans a first one", id="runs")
-            yield Shelf("Adapters (a)", "No adapter yet", id="adapters")
-        yield Shelf("Models (m)", "No model yet: s finds those on this disk", id="models")
+            yield Shelf(
+                "Runs (r)",
+                "No run yet: d plans a first one",
+                id="runs",
+                help="Every run with its true state, read from its folder. Enter watches it.",
+            )
+            yield Shelf(
+                "Adapters (a)",
+                "No adapter yet",
+                id="adapters",
+                help="The newest version of each adapter. Enter chats with it; F6 shows more and does more with them.",
+            )
+        yield Shelf(
+            "Models (m)",
+            "No model yet: s finds those on this disk",
+            id="models",
+            help="Base models of the store, and how their files hold the weights. Enter plans a run on one.",
+        )
         yield Static("", id="next", markup=False)
 
     def on_mount(self) -> None:

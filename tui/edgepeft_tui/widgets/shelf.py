@@ -25,9 +25,10 @@ def sign_of(mark: Mark) -> tuple[str, str]:
 class Shelf(OptionList):
     """Rows that keep their place and highlight while they are refreshed."""
 
-    def __init__(self, title: str, empty: str, *, id: str) -> None:
+    def __init__(self, title: str, empty: str, *, id: str, help: str = "") -> None:
         super().__init__(id=id, markup=False)
         self.border_title = Text(title).plain
+        self.help_text = help
         self._empty = empty
         self._rows: tuple[Row, ...] | None = None
         self._name_width = 0
