@@ -92,7 +92,7 @@ def _keys_by_node(screen: Screen[Any]) -> dict[DOMNode, Table]:
     for active in screen.active_bindings.values():
         binding = active.binding
         words = binding.tooltip or binding.description
-        if not words or not active.enabled:
+        if not words or not active.enabled or _goes_nowhere(active.node, binding.action):
             continue
         keys, _ = found.setdefault(active.node, {}).setdefault(binding.action, ([], words))
         shown = screen.app.get_key_display(binding)
@@ -107,3 +107,9 @@ def _keys_by_node(screen: Screen[Any]) -> dict[DOMNode, Table]:
             table.add_row(Text(visible(" ".join(keys))), Text(visible(words)))
         tables[node] = table
     return tables
+
+
+def _goes_nowhere(node: DOMNode, action: str) -> bool:
+    """Whether it scrolls to a side of which there is no more."""
+    sideways = action in ("scroll_left", "scroll_right", "page_left", "page_right")
+    return sideways and isinstance(node, Widget) and not node.allow_horizontal_scroll

@@ -36,8 +36,8 @@ def versions_table() -> Lines:
         Column("version", right=True),
         Column("method", most=16),
         Column("size", right=True),
-        Column("held out", right=True, leaves=2),
-        Column("made", most=16, leaves=1),
+        Column("held out", right=True, leaves=1),
+        Column("made", most=16, leaves=2),
         Column("base", most=26, leaves=3),
     )
     return Lines(

@@ -25,6 +25,8 @@ _LONGEST = 240
 _SIGNS = 2
 """Cells before the first column: where the cursor is, and what is marked."""
 _GAP = 2
+_LEAST = 18
+"""Cells that the last column is cut to before others leave."""
 
 
 class Column(msgspec.Struct, frozen=True):
@@ -262,15 +264,18 @@ def _lay_out(columns: Sequence[Column], natural: Sequence[int], width: int) -> l
     shown = [at for at in range(len(columns)) if natural[at]]
     wanted = [min(column.most, cells) for column, cells in zip(columns, natural, strict=True)]
 
-    def needed(first: int) -> int:
-        return first + sum(wanted[at] for at in shown[1:]) + _GAP * (len(shown) - 1)
+    def needed(first: int, least: int = 999) -> int:
+        others = shown[1:]
+        gaps = _GAP * len(others)
+        # The last column may be cut short before any leaves.
+        return first + gaps + sum(wanted[at] for at in others[:-1]) + sum(min(least, wanted[at]) for at in others[-1:])
 
-    while needed(min(wanted[0], 24)) > width:
+    while needed(min(wanted[0], 24), _LEAST) > width:
         leaving = max(shown[1:], key=lambda at: (columns[at].leaves, at), default=0)
         if not columns[leaving].leaves:
             break
         shown.remove(leaving)
-    first = max(4, min(wanted[0], width - needed(0)))
+    first = max(4, min(wanted[0], width - needed(0, _LEAST)))
     last = shown[-1]
     if last == 0:
         return [(0, min(natural[0], width))]
