@@ -33,8 +33,13 @@ async def settle(app: EdgepeftApp, pilot: Pilot[str]) -> None:
     """Waits for workers, and for what is read when the cursor rests."""
     for _ in range(2):
         await pilot.pause(0.08)
-        while any(worker.is_running for worker in app.workers):
+        for _ in range(500):
+            working = [worker for worker in app.workers if worker.is_running]
+            if not working:
+                break
             await pilot.pause(0.02)
+        else:
+            raise AssertionError(f"still working: {working}")
 
 
 def seen(app: EdgepeftApp) -> str:

@@ -220,7 +220,7 @@ def test_the_cache_is_cleared_after_a_question(edgepeft_home: Path) -> None:
     drive(check, "f7")
 
 
-def test_a_config_that_is_broken_or_cannot_be_written_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_config_that_cannot_be_written_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     async def check(app: EdgepeftApp, pilot: Pilot[str]) -> None:
         make_read_only(monkeypatch, home().config_file.parent)
         await go_to(app, pilot, "settings", "spacing")
@@ -230,14 +230,6 @@ def test_a_config_that_is_broken_or_cannot_be_written_is_told(monkeypatch: pytes
         assert settings().spacing is None
 
     drive(check, "f7")
-
-    async def broken(app: EdgepeftApp, pilot: Pilot[str]) -> None:
-        assert isinstance(app.screen, SettingsScreen)
-        assert "not valid settings" in seen(app)
-        await pilot.press("enter", "d", "k", "enter", "escape")
-
-    monkeypatch.undo()
-    monkeypatch.setattr(ui, "read_shelves", lambda: Shelves((), (), ()))
 
 
 def test_a_broken_config_shows_why(edgepeft_home: Path) -> None:

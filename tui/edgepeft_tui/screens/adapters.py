@@ -8,7 +8,7 @@ from typing import ClassVar
 from textual import on, work
 from textual.app import ComposeResult
 from textual.binding import BindingType
-from textual.containers import Horizontal, Vertical, VerticalScroll
+from textual.containers import Horizontal, Vertical
 from textual.message import Message
 from textual.widgets import Static
 
@@ -18,7 +18,7 @@ from edgepeft_tui.adapters import Compared, compare, lost_with
 from edgepeft_tui.screens.adapter_list import ListScreen
 from edgepeft_tui.screens.dialogs import Choice, Pick, Reading
 from edgepeft_tui.widgets.adapter_tables import names_table, version_line, versions_table
-from edgepeft_tui.widgets.facts import draw_compared, draw_facts
+from edgepeft_tui.widgets.facts import FactsPane, draw_compared, draw_facts
 from edgepeft_tui.widgets.filter_line import FilterLine
 from edgepeft_tui.widgets.lines import Lines
 
@@ -53,7 +53,7 @@ class AdaptersScreen(ListScreen):
                 yield FilterLine("name, base or method", id="filter")
                 yield names_table()
                 yield versions_table()
-            with VerticalScroll(id="card", classes="frame"):
+            with FactsPane(id="card", classes="frame"):
                 yield Static("", id="facts", markup=False)
         yield self.work_pane()
 

@@ -13,7 +13,7 @@ from textual.containers import VerticalScroll
 from textual.dom import DOMNode
 from textual.screen import ModalScreen, Screen
 from textual.widget import Widget
-from textual.widgets import Static
+from textual.widgets import Input, Static, TextArea
 
 from edgepeft_tui.text import visible
 
@@ -92,7 +92,7 @@ def _keys_by_node(screen: Screen[Any]) -> dict[DOMNode, Table]:
     for active in screen.active_bindings.values():
         binding = active.binding
         words = binding.tooltip or binding.description
-        if not words or not active.enabled or _goes_nowhere(active.node, binding.action):
+        if not words or not active.enabled or _needs_no_word(active.node, binding.action):
             continue
         keys, _ = found.setdefault(active.node, {}).setdefault(binding.action, ([], words))
         shown = screen.app.get_key_display(binding)
@@ -109,7 +109,10 @@ def _keys_by_node(screen: Screen[Any]) -> dict[DOMNode, Table]:
     return tables
 
 
-def _goes_nowhere(node: DOMNode, action: str) -> bool:
-    """Whether it scrolls to a side of which there is no more."""
+def _needs_no_word(node: DOMNode, action: str) -> bool:
+    """Whether it is a key that every line of text has, or scrolls to a side of which there is no more."""
+    for kind in (Input, TextArea):
+        if isinstance(node, kind) and action in {binding.action for binding in kind.BINDINGS}:
+            return True
     sideways = action in ("scroll_left", "scroll_right", "page_left", "page_right")
     return sideways and isinstance(node, Widget) and not node.allow_horizontal_scroll

@@ -7,9 +7,16 @@ from collections.abc import Iterable, Sequence
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+from textual.containers import VerticalScroll
 
 from edgepeft_tui.adapters import Compared, Facts
 from edgepeft_tui.text import visible
+
+
+class FactsPane(VerticalScroll):
+    """Scrolls what is known of an adapter."""
+
+    HELP = "All that is known of the highlighted version: base, recipe, data, results, lineage, and what it changes."
 
 
 def draw_facts(facts: Facts) -> RenderableType:
