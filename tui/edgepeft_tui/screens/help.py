@@ -17,6 +17,11 @@ from textual.widgets import Input, Static, TextArea
 
 from edgepeft_tui.text import visible
 
+_TEXT_ACTIONS = {
+    binding.action for kind in (Input, TextArea) for binding in kind.BINDINGS if isinstance(binding, Binding)
+}
+"""What every line of text does with its keys."""
+
 
 class HelpScreen(ModalScreen[None]):
     """Lies over a screen; what it says is made from the keys that are in force there."""
@@ -69,6 +74,8 @@ def tell_help(screen: Screen[Any]) -> RenderableType:
 def help_of(node: DOMNode) -> str:
     """What a part says about itself: its own `help_text`, else its class's `HELP`."""
     own = getattr(node, "help_text", "")
+    if isinstance(node, Input) and not own and not node.HELP:
+        own = "A line of text. Left and right move in it, ctrl+a and ctrl+e to its ends; ctrl+u clears it."
     return " ".join((own or node.HELP or "").split())
 
 
@@ -77,7 +84,7 @@ def _title_of(node: DOMNode, screen: Screen[Any]) -> str:
         return visible(str(getattr(node, "AREA", "") or "This dialog")).capitalize()
     if not isinstance(node, Widget):
         return "Everywhere"
-    title = node.border_title
+    title = "Line of text" if isinstance(node, Input) else node.border_title
     return visible(Text.from_markup(title).plain) if title else _words(type(node).__name__)
 
 
@@ -111,8 +118,7 @@ def _keys_by_node(screen: Screen[Any]) -> dict[DOMNode, Table]:
 
 def _needs_no_word(node: DOMNode, action: str) -> bool:
     """Whether it is a key that every line of text has, or scrolls to a side of which there is no more."""
-    for kind in (Input, TextArea):
-        if isinstance(node, kind) and action in {binding.action for binding in kind.BINDINGS}:
-            return True
+    if isinstance(node, Input | TextArea):
+        return action in _TEXT_ACTIONS or action.startswith(("scroll_", "page_", "cursor_"))
     sideways = action in ("scroll_left", "scroll_right", "page_left", "page_right")
     return sideways and isinstance(node, Widget) and not node.allow_horizontal_scroll

@@ -216,7 +216,7 @@ class Lines(ScrollView, can_focus=True):
 
     def render_line(self, y: int) -> Strip:
         """The header, or one row."""
-        width, base = self.size.width, self.rich_style
+        width, base = self._width, self.rich_style
         at = y - 1 + round(self.scroll_y)
         if not self._rows:
             words = wrap(visible(self._empty), max(8, width - 2))
@@ -235,6 +235,11 @@ class Lines(ScrollView, can_focus=True):
         style = self.get_component_rich_style(*names) if names else base
         return Strip([Segment(self._draw(sign + mark, row.cells), style)], width)
 
+    @property
+    def _width(self) -> int:
+        """Cells of a line: those beside the scrollbar."""
+        return self.scrollable_content_region.width
+
     def _draw(self, signs: str, cells: Sequence[str]) -> str:
         parts = []
         for at, width in self._layout():
@@ -245,18 +250,18 @@ class Lines(ScrollView, can_focus=True):
             elif self._columns[at].right:
                 text = " " * (width - long) + text
             parts.append(set_cell_size(text, width))
-        return set_cell_size(f"{signs} {(' ' * _GAP).join(parts)}", self.size.width)
+        return set_cell_size(f"{signs} {(' ' * _GAP).join(parts)}", self._width)
 
     def _layout(self) -> list[tuple[int, int]]:
         """Which columns are drawn, and how wide."""
-        width = self.size.width
+        width = self._width
         if self._laid_out[0] != width:
             self._laid_out = (width, _lay_out(self._columns, self._natural, width - _SIGNS - 1))
         return self._laid_out[1]
 
     def row_region(self, key: str) -> Region:
         """Where a row is drawn, in the widget's own cells."""
-        return Region(0, self._places[key] + 1 - round(self.scroll_y), self.size.width, 1)
+        return Region(0, self._places[key] + 1 - round(self.scroll_y), self._width, 1)
 
 
 def _lay_out(columns: Sequence[Column], natural: Sequence[int], width: int) -> list[tuple[int, int]]:
