@@ -160,6 +160,22 @@ def test_settings_come_from_the_file_and_then_the_environment(monkeypatch: pytes
     assert config.stored_settings() == config.Settings(intent="speed")
 
 
+def test_settings_are_shown_with_their_origin_and_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    config.store_setting("budget", "20GiB")
+    config.store_setting("keys.app.plan", "f9")
+    monkeypatch.setenv("EDGEPEFT_INTENT", "speed")
+    shown = {setting.key: (setting.value, setting.origin) for setting in config.shown_settings()}
+    assert shown["budget"] == ("20GiB", "config.toml")
+    assert shown["intent"] == ("speed", "environment")
+    assert shown["gpu"] == (None, "default")
+    assert list(shown)[-1] == "keys.app.plan"
+    for key, value in (("budget", "20"), ("co2_grams_per_kwh", "-1"), ("co2_grams_per_kwh", "much"), ("glyphs", "x")):
+        with pytest.raises(UsageError):
+            config.check_setting(key, value)
+    config.check_setting("spacing", "compact")
+    config.check_setting("co2_grams_per_kwh", "350")
+
+
 @pytest.mark.parametrize("text", ["budgte = '1GiB'", "budget = 3", "budget =", b"\xff\xfe"])
 def test_broken_settings_name_the_file(text: str | bytes) -> None:
     path = home().config_file

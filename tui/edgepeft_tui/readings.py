@@ -137,18 +137,15 @@ def row_of_run(run: RunSummary, now: float) -> Row:
 
 
 def _adapters(now: float) -> list[Row]:
-    from edgepeft.library.store import scan_library
+    from edgepeft_tui.adapters import read_library
 
-    usable, broken = scan_library()
-    # The library lists versions in order, so the last one of a name is its newest.
-    newest = {adapter.name: adapter for adapter in usable if adapter.name is not None}
     rows = []
-    for name, adapter in sorted(newest.items()):
-        size = sum(file.stat().st_size for file in adapter.path.glob("*.safetensors"))
-        base = f"  {adapter.card.base}" if adapter.card else ""
-        text = f"v{adapter.version}  {adapter.method}  {format_bytes(size)}{base}"
-        rows.append(Row(name, text, "plain", f"edgepeft chat --adapter {name}"))
-    rows += [Row(str(one.path.name), f"damaged: {one.why}", "trouble", "edgepeft adapters list") for one in broken]
+    for one in (row for part, _ in read_library() for row in part):
+        if one.trouble:
+            rows.append(Row(one.name, f"damaged: {one.trouble}", "trouble", "edgepeft adapters list"))
+        else:
+            text = f"v{one.version}  {one.method}  {format_bytes(one.size_bytes)}  {one.base}".rstrip()
+            rows.append(Row(one.name, text, "plain", f"edgepeft chat --adapter {one.name}"))
     return rows
 
 
