@@ -130,7 +130,8 @@ def read_version(name: str, version: int, versions: int = 1) -> AdapterRow:
         try:
             row = _row_of(open_adapter(folder, name, version))
         except (EdgepeftError, OSError) as error:
-            row = AdapterRow(name, version, trouble=str(error))
+            what = error.what if isinstance(error, EdgepeftError) else str(error)
+            row = AdapterRow(name, version, trouble=what)
         known = _rows[folder] = (stamp, row)
     return msgspec.structs.replace(known[1], versions=versions)
 
@@ -172,6 +173,8 @@ def compare(left: str, right: str) -> tuple[Compared, ...]:
         adapter = resolve_adapter(reference)
         found: dict[str, str] = {}
         for what, text in (*adapter_lines(adapter), ("size", format_bytes(adapter.weights.stat().st_size))):
+            if what in ("adapter", "folder"):
+                continue
             found[what] = f"{found[what]}; {text}" if what in found else text
         return found
 

@@ -15,6 +15,7 @@ from edgepeft_tui.adapters import AdapterRow, Facts, read_facts, read_library, r
 from edgepeft_tui.messages import ShelvesRead
 from edgepeft_tui.readings import Row
 from edgepeft_tui.screens.adapter_work import WorkScreen
+from edgepeft_tui.screens.dialogs import Reading
 from edgepeft_tui.text import visible
 from edgepeft_tui.widgets.adapter_tables import name_line, searched, version_line
 from edgepeft_tui.widgets.facts import draw_facts
@@ -69,6 +70,7 @@ class ListScreen(WorkScreen):
         self._wanted = ""
         self._pause: Timer | None = None
         self._facts: Facts | None = None
+        self._opening = ""
 
     def on_mount(self) -> None:
         """Reads, and puts the cursor into the list."""
@@ -141,6 +143,8 @@ class ListScreen(WorkScreen):
 
     @on(Lines.Highlighted)
     def _highlighted(self) -> None:
+        if self._opening != self._reference():
+            self._opening = ""
         self._look_soon()
 
     def _look_soon(self) -> None:
@@ -171,6 +175,13 @@ class ListScreen(WorkScreen):
         versions.show_rows([version_line(row) for row in message.versions])
         versions.border_title = f"Versions of {visible(name)[:40]} (v)".replace("[", "\\[")
         self._show_facts(message.facts)
+        if self._opening == message.facts.reference:
+            self.open_card(message.facts)
+
+    def open_card(self, facts: Facts) -> None:
+        """Shows a card as a dialog."""
+        self._opening = ""
+        self.app.push_screen(Reading(draw_facts(facts), title=facts.reference))
 
     def _show_facts(self, facts: Facts | None) -> None:
         self._facts = facts

@@ -18,7 +18,7 @@ from edgepeft_tui.adapters import Compared, compare, lost_with
 from edgepeft_tui.screens.adapter_list import ListScreen
 from edgepeft_tui.screens.dialogs import Choice, Pick, Reading
 from edgepeft_tui.widgets.adapter_tables import names_table, version_line, versions_table
-from edgepeft_tui.widgets.facts import FactsPane, draw_compared, draw_facts
+from edgepeft_tui.widgets.facts import FactsPane, draw_compared
 from edgepeft_tui.widgets.filter_line import FilterLine
 from edgepeft_tui.widgets.lines import Lines
 
@@ -61,10 +61,18 @@ class AdaptersScreen(ListScreen):
 
     def action_card(self) -> None:
         """The card: in its pane on a wide screen, else as a dialog."""
+        reference = self._reference()
         if self.has_class("-wide"):
             self.query_one("#card").focus()
-        elif self._facts is not None:
-            self.app.push_screen(Reading(draw_facts(self._facts), title=self._facts.reference))
+        elif self._facts is not None and self._facts.reference == reference:
+            self.open_card(self._facts)
+        elif reference is not None:
+            # It is being read, and opens when it is there.
+            self._opening = reference
+
+    def action_leave_card(self) -> None:
+        """Goes back from the card's pane to the list."""
+        self.query_one("#adapters").focus()
 
     @on(Lines.Chosen)
     def _row_clicked(self) -> None:

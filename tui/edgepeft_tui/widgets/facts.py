@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
+from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 
 from edgepeft_tui.adapters import Compared, Facts
@@ -17,6 +19,9 @@ class FactsPane(VerticalScroll):
     """Scrolls what is known of an adapter."""
 
     HELP = "All that is known of the highlighted version: base, recipe, data, results, lineage, and what it changes."
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("escape", "screen.leave_card", "To the list", id="facts.leave", tooltip="Go back to the list"),
+    ]
 
 
 def draw_facts(facts: Facts) -> RenderableType:
