@@ -264,7 +264,7 @@ def test_importing_checks_the_folder_first_and_loses_nothing_typed(library: Path
         await pilot.press(*"/no", "enter")
         await pilot.pause()
         assert isinstance(app.screen, Form)
-        assert "there is no such folder" in seen(app)
+        assert "there is no such folder or file" in seen(app)
         app.screen.query_one("#path", Input).value = str(tmp_path / "beta3")
         await pilot.press("enter")
         await settle(app, pilot)

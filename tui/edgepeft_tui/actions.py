@@ -105,7 +105,7 @@ ADAPTERS = (
     Action("adapters.average", "a", "average", "Average", "Make the mean of the marked ones"),
     Action("adapters.compare", "d", "compare", "Differences", "Show two marked ones side by side"),
     Action("adapters.export", "x", "export", "Export", "Write it alone, for other programs"),
-    Action("adapters.import", "i", "import", "Import", "Take over a folder that PEFT saved"),
+    Action("adapters.import", "i", "import", "Import", "Take over a folder that PEFT saved, or a LoRA file"),
     Action("adapters.rollback", "b", "roll_back", "Roll back", "Make the name mean an older version again"),
     Action("adapters.remove", "delete", "remove", "Delete", "Delete it, after a question"),
     Action("adapters.filter", "ctrl+f", "filter", "Filter", "Show only what holds the words you type"),

@@ -93,19 +93,17 @@ def export(reference: str, values: Mapping[str, str], progress: Progress) -> Out
     return Outcome((*say_exported(plan, result), *notes))
 
 
-def import_folder(values: Mapping[str, str], progress: Progress) -> Outcome:
-    """Copies a folder into the library; `values` has path, name and base."""
+def import_path(values: Mapping[str, str], progress: Progress) -> Outcome:
+    """Copies an adapter into the library; `values` has path, name, base and alpha."""
+    from edgepeft.library import import_words
     from edgepeft.library.combine_text import Said
-    from edgepeft.library.store import check_base, import_adapter, open_adapter
-    from edgepeft.models.store import find_model
 
     progress("copying", None)
-    folder = Path(values["path"]).expanduser()
-    base = values["base"]
-    warnings = check_base(open_adapter(folder), find_model(base)) if base else []
-    reference = import_adapter(folder, values["name"])
+    alpha = number(values["alpha"], "alpha")
+    path, base = Path(values["path"]), values["base"] or None
+    adapter, warnings = import_words.import_path(path, values["name"], base, alpha, progress)
     notes = (Said(f"Warning: {text}", careful=True) for text in warnings)
-    return Outcome((Said(f"Imported as {reference}"), *notes), values["name"])
+    return Outcome((Said(f"Imported as {adapter.reference}"), *notes), values["name"])
 
 
 def roll_back(name: str, version: int, progress: Progress) -> Outcome:

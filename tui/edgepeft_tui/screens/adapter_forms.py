@@ -156,18 +156,20 @@ def export_form(reference: str, before: Mapping[str, str]) -> Form:
 
 
 def import_form(before: Mapping[str, str]) -> Form:
-    """Copies a folder into the library."""
+    """Copies a folder or a file into the library."""
     fields = [
-        Field("path", "folder", before.get("path", ""), hint="that PEFT or edgepeft saved an adapter into"),
-        Field("name", "name", before.get("name", ""), hint="as the folder is called"),
-        Field("base", "check against base", before.get("base", ""), hint="a model of the store; may stay empty"),
+        Field("path", "folder or file", before.get("path", ""), hint="of PEFT, edgepeft or mlx-lm, or a LoRA file"),
+        Field("name", "name", before.get("name", ""), hint="as the folder or file is called"),
+        Field("base", "base", before.get("base", ""), hint="a model of the store: needed for a file"),
+        Field("alpha", "alpha", before.get("alpha", ""), hint="of a LoRA file that does not say it"),
     ]
 
     def check(values: Values) -> None:
-        folder = Path(values["path"]).expanduser()
-        if not values["path"] or not folder.is_dir():
-            raise BadInput("there is no such folder", where=values["path"] or "folder", hint="Name a folder")
-        values["name"] = check_name(values["name"] or as_name(folder.name), where="name")
+        path = Path(values["path"]).expanduser()
+        if not values["path"] or not path.exists():
+            raise BadInput("there is no such folder or file", where=values["path"] or "path", hint="Name another")
+        number(values["alpha"], "alpha")
+        values["name"] = check_name(values["name"] or as_name(path.stem if path.is_file() else path.name), where="name")
 
     return Form(fields, title="Import", question="A copy goes into the library.", take="Import", check=check)
 

@@ -95,9 +95,9 @@ class WorkScreen(Room):
         self._ask(kind, form, f"exporting {reference}", partial(adapter_work.export, reference))
 
     def action_import(self) -> None:
-        """Asks for a folder, and copies it into the library."""
+        """Asks for a folder or a file, and copies it into the library."""
         form = import_form(self._before.get("import", {}))
-        self._ask("import", form, "importing", adapter_work.import_folder)
+        self._ask("import", form, "importing", adapter_work.import_path)
 
     def do_roll_back(self, name: str, version: int) -> None:
         """Makes a name mean an older version again."""
