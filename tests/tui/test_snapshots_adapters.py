@@ -9,6 +9,7 @@ import pytest
 from textual.pilot import Pilot
 
 from edgepeft_tui import app as ui
+from edgepeft_tui.actions import APP
 from edgepeft_tui.adapters import AdapterRow, Facts
 from edgepeft_tui.app import EdgepeftApp
 from edgepeft_tui.glyphs import choose_glyphs
@@ -64,6 +65,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(settings_screen, "read_places", lambda: iter(places))
     here = (("edgepeft", "0.1.0, in /home/anna/edgepeft"), ("Python", "3.12.4"), ("torch", "2.13.0"))
     monkeypatch.setattr(settings_screen, "read_here", lambda: here)
+    # Other screens' actions come and go, and the picture stays.
+    monkeypatch.setattr(settings_screen, "all_actions", lambda: list(APP))
     for name in ("THEME", "GLYPHS", "SPACING"):
         monkeypatch.delenv(f"EDGEPEFT_{name}", raising=False)
     monkeypatch.setattr(ui, "choose_glyphs", lambda ascii_only: choose_glyphs(False))
