@@ -34,6 +34,8 @@ class Home(msgspec.Struct, frozen=True):
     """The adapter library: NAME/v1, NAME/v2, …"""
     runs: Path
     """One folder for each training run."""
+    conversations: Path
+    """Conversations of the chat screen, one file each."""
     cache: Path
     """What can be deleted at any time and is made again when needed."""
     config_file: Path
@@ -51,6 +53,7 @@ def home() -> Home:
             models=base / "models",
             adapters=base / "adapters",
             runs=base / "runs",
+            conversations=base / "conversations",
             cache=base / "cache",
             config_file=base / "config.toml",
             profiles=base / "profiles",
@@ -63,6 +66,7 @@ def home() -> Home:
         models=data / "models",
         adapters=data / "adapters",
         runs=data / "runs",
+        conversations=data / "conversations",
         cache=Path(dirs.user_cache_dir),
         config_file=Path(dirs.user_config_dir) / "config.toml",
         profiles=Path(dirs.user_config_dir) / "profiles",
@@ -117,6 +121,7 @@ def places() -> dict[str, Path]:
         "models": folders.models,
         "adapters": folders.adapters,
         "runs": folders.runs,
+        "conversations": folders.conversations,
         "cache": folders.cache,
         "settings": folders.config_file,
         "own profiles": folders.profiles,

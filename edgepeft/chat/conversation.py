@@ -21,11 +21,25 @@ class Turn(msgspec.Struct, frozen=True):
 
 
 class StoredConversation(msgspec.Struct, frozen=True):
-    """The file that `/save` writes."""
+    """The file that `/save` and the chat screen write."""
 
     model: str
     system: str | None
     turns: tuple[Turn, ...]
+
+
+def read_stored(path: Path) -> StoredConversation:
+    """What `Conversation.save` wrote.
+
+    Raises:
+        BadInput: the file cannot be read as a conversation.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=StoredConversation)
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadInput(
+            f"is not a saved conversation: {error}", where=str(path), hint="Give a file that /save wrote"
+        ) from error
 
 
 class Conversation:
@@ -53,6 +67,11 @@ class Conversation:
         if self.turns and self.turns[-1].role == "user":
             self.turns.pop()
 
+    def take_back_answer(self) -> None:
+        """Removes the last answer; its question waits again."""
+        if self.turns and self.turns[-1].role == "assistant":
+            self.turns.pop()
+
     def reset(self) -> None:
         """Forgets the turns, not the system message."""
         self.turns.clear()
@@ -73,12 +92,11 @@ class Conversation:
         Raises:
             BadInput: the file cannot be read as a conversation.
         """
-        try:
-            stored = msgspec.json.decode(path.read_bytes(), type=StoredConversation)
-        except (OSError, msgspec.DecodeError) as error:
-            raise BadInput(
-                f"is not a saved conversation: {error}", where=str(path), hint="Give a file that /save wrote"
-            ) from error
+        return cls.resume(read_stored(path))
+
+    @classmethod
+    def resume(cls, stored: StoredConversation) -> Conversation:
+        """Goes on with a stored one."""
         conversation = cls(stored.system)
         conversation.turns = list(stored.turns)
         return conversation

@@ -95,7 +95,28 @@ TRAIN = (
     Action("train.end", "k", "end_run", "End at once", "End a worker that does not obey, after a question"),
     Action("train.remove", "d", "remove_run", "Remove", "Delete the folder of the run, after a question"),
 )
-CHAT: tuple[Action, ...] = ()
+CHAT = (
+    Action("chat.next", "ctrl+n", "next_adapter", "Next", "Answer with the next adapter of this base", show=True),
+    Action("chat.base", "ctrl+l", "base_alone", "Base", "Answer with the base alone", show=True),
+    Action("chat.adapters", "ctrl+f", "choose_adapters", "Adapters", "Choose adapters and their strengths", show=True),
+    Action("chat.compare", "ctrl+o", "compare", "Compare", "Put each question to up to four adapters", show=True),
+    Action("chat.kept", "ctrl+s", "kept", "Kept", "Reopen a kept conversation, or write this one to a file", show=True),
+    Action("chat.send", "enter", "send", "Send", "Send what is written", priority=True),
+    Action("chat.line", "ctrl+t,shift+enter,alt+enter", "new_line", "New line", "Begin a new line", priority=True),
+    Action("chat.stop", "escape", "stop_or_back", "Stop", "Stop the answer; when none runs, go back"),
+    Action("chat.weaker", "f8", "strength(-1)", "Weaker", "Lower the adapter's strength by 0.1"),
+    Action("chat.stronger", "f9", "strength(1)", "Stronger", "Raise the adapter's strength by 0.1"),
+    Action("chat.sampling", "f10", "sampling", "Sampling", "Temperature, top-p and what else decides the next token"),
+    Action("chat.edit", "e", "edit_last", "Edit", "Change the last question and ask again"),
+    Action("chat.again", "r", "again", "Again", "Answer the last question again"),
+    Action("chat.copy", "c", "copy_answer", "Copy", "Copy the last answer"),
+    Action("chat.code", "b", "copy_code", "Copy code", "Copy a block of code of the last answer"),
+    Action("chat.write", "w", "write_file", "Write", "Write this conversation to a file"),
+    Action("chat.new", "n", "new_conversation", "New", "Begin an empty conversation"),
+    Action("chat.model", "m", "choose_model", "Model", "Choose another base model"),
+    Action("chat.system", "s", "system", "System message", "Say what the model should know before the first question"),
+    Action("chat.precision", "p", "precision", "Precision", "Choose how the base is held in memory"),
+)
 ADAPTERS = (
     Action("adapters.card", "enter", "card", "Card", "Show everything that is known of it", show=True),
     Action("adapters.mark", "space", "mark", "Mark", "Mark it, for what takes several", show=True),

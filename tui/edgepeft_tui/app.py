@@ -20,7 +20,6 @@ from edgepeft_tui.glyphs import choose_glyphs
 from edgepeft_tui.messages import MachineRead, ShelvesRead
 from edgepeft_tui.readings import Machine, Shelves, read_machine, read_shelves
 from edgepeft_tui.screens.adapters import AdaptersScreen
-from edgepeft_tui.screens.chat import ChatScreen
 from edgepeft_tui.screens.dialogs import Choice
 from edgepeft_tui.screens.help import HelpScreen
 from edgepeft_tui.screens.home import HomeScreen
@@ -37,6 +36,13 @@ MACHINE_SECONDS = 1.0
 SHELVES_SECONDS = 2.0
 
 
+def _make_chat() -> Screen[Any]:
+    # Markdown and what a conversation is made of load in a tenth of a second, which the first paint need not wait for.
+    from edgepeft_tui.screens.chat import ChatScreen
+
+    return ChatScreen()
+
+
 class EdgepeftApp(App[str]):
     """The terminal UI. It returns what should be said in the shell after it is left."""
 
@@ -46,7 +52,7 @@ class EdgepeftApp(App[str]):
         "home": HomeScreen,
         "plan": PlanScreen,
         "train": TrainScreen,
-        "chat": ChatScreen,
+        "chat": _make_chat,
         "adapters": AdaptersScreen,
         "settings": SettingsScreen,
     }

@@ -28,6 +28,8 @@ class Glyphs(msgspec.Struct, frozen=True):
     up: str = "▲"
     down: str = "▼"
     dot: str = "·"
+    bullet: str = "•"
+    """Before an item of a list."""
     marker: str = "braille"
     """plotext's marker of a line."""
 
@@ -48,6 +50,7 @@ ASCII = Glyphs(
     up="^",
     down="v",
     dot="-",
+    bullet="*",
     marker="*",
 )
 

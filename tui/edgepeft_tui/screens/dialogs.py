@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Generic, TypeVar
 
 from rich.console import RenderableType
 from rich.text import Text
@@ -17,8 +17,10 @@ from textual.widgets.option_list import Option
 
 from edgepeft_tui.text import visible, visible_lines
 
+Answer = TypeVar("Answer")
 
-class Dialog(ModalScreen[str | None]):
+
+class Framed(ModalScreen[Answer | None], Generic[Answer]):
     """A framed question; escape leaves it without an answer."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
@@ -28,6 +30,10 @@ class Dialog(ModalScreen[str | None]):
     def action_dismiss_empty(self) -> None:
         """Leaves without an answer."""
         self.dismiss(None)
+
+
+class Dialog(Framed[str]):
+    """One whose answer is a text."""
 
 
 class Choice(Dialog):
