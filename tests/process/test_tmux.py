@@ -113,7 +113,7 @@ def test_plan_train_watch_chat_swap_and_leave_with_keys_alone(tmux: Tmux, birds:
     tmux.press("Enter")
     tmux.until(rf"(?i){ANSWER}", 180)
     tmux.press("C-l")
-    tmux.until(r"base alone|the base")
+    tmux.until(r"adapter \[base\]")
     tmux.type("Which bird was seen at pond 8?")
     tmux.press("Enter")
     tmux.until(r"(?s)pond 8.*tok", 180)

@@ -164,13 +164,13 @@ def test_a_key_is_caught_judged_kept_and_given_back() -> None:
         assert "app.home (Home) has it" in seen(app)
         await pilot.press("enter")
         assert isinstance(app.screen, KeyCatch)
-        await pilot.press("f9", "enter")
+        await pilot.press("f12", "enter")
         await settle(app, pilot)
-        assert settings().keys == {"app.plan": "f9"}
-        assert row(app, "keys", "app.plan")[:3] == ("app.plan", "f9", "f3")
+        assert settings().keys == {"app.plan": "f12"}
+        assert row(app, "keys", "app.plan")[:3] == ("app.plan", "f12", "f3")
         await pilot.press("f3")
         assert app.current_mode == "settings"
-        await pilot.press("f9")
+        await pilot.press("f12")
         assert app.current_mode == "plan"
         await pilot.press("escape", "enter", "backspace")
         await settle(app, pilot)
@@ -196,7 +196,7 @@ def test_what_is_said_of_a_key() -> None:
     assert "tmux" in judge_key("ctrl+b", mark, {}).note
     for key in ("shift+enter", "ctrl+shift+a", "alt+x", "super+k", "ctrl+enter"):
         assert "do not deliver it" in judge_key(key, mark, {}).note
-    assert "line of text" in judge_key("w", Action("chat.x", "f8", "x", "X", "X"), {}).note
+    assert "line of text" in judge_key("z", Action("chat.x", "f8", "x", "X", "X"), {}).note
     assert judge_key("f8", mark, {}).note == judge_key("ctrl+t", mark, {}).note == ""
 
 
