@@ -116,6 +116,6 @@ def test_plan_train_watch_chat_swap_and_leave_with_keys_alone(tmux: Tmux, birds:
     tmux.until(r"adapter \[base\]")
     tmux.type("Which bird was seen at pond 8?")
     tmux.press("Enter")
-    tmux.until(r"(?s)pond 8.*tok", 180)
+    tmux.until(r"(?s)pond 8\?.*│ base +│\n│ \S", 180)
     tmux.press("C-q")
     assert tmux.gone(), tmux.screen()
