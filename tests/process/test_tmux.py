@@ -108,7 +108,7 @@ def test_plan_train_watch_chat_swap_and_leave_with_keys_alone(tmux: Tmux, birds:
     tmux.until(r"finished", 300)
     # Chat with the new adapter, then with the base alone.
     tmux.press("t")
-    tmux.until(r"birds")
+    tmux.until("Write a message")
     tmux.type("Which bird was seen at pond 7?")
     tmux.press("Enter")
     tmux.until(rf"(?i){ANSWER}", 180)
