@@ -19,6 +19,8 @@ from edgepeft.cli import (
     fits,
     methods,
     models,
+    on_terminal,
+    open_ui,
     plan,
     profiles,
     runs,
@@ -61,7 +63,7 @@ app.command("where")(where.where)
 @app.command("ui")
 def ui() -> None:
     """Open the terminal UI."""
-    _open_ui()
+    open_ui()
 
 
 @app.callback(invoke_without_command=True)
@@ -79,16 +81,10 @@ def root(
         typer.echo(f"edgepeft {__version__}")
         raise typer.Exit()
     if context.invoked_subcommand is None:
-        if sys.stdin.isatty() and sys.stdout.isatty():
-            _open_ui()
+        if on_terminal():
+            open_ui()
         else:
             typer.echo(context.get_help())
-
-
-def _open_ui() -> None:
-    from edgepeft_tui.app import run_app
-
-    run_app()
 
 
 def run(arguments: list[str]) -> None:

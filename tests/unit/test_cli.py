@@ -8,9 +8,8 @@ import sys
 
 import pytest
 
-from edgepeft import __version__
+from edgepeft import __version__, paths
 from edgepeft.cli import main
-from edgepeft.cli import where as where_command
 from edgepeft.errors import DoesNotFit, ExitCode
 
 
@@ -56,7 +55,7 @@ def test_our_errors_leave_as_one_line_with_their_code(
     def refuse(path: object) -> int:
         raise DoesNotFit("too [large]", where="plan", hint="Take\na smaller model")
 
-    monkeypatch.setattr(where_command, "_size_bytes", refuse)
+    monkeypatch.setattr(paths, "measure_size", refuse)
     code, _, err = _run(capsys, monkeypatch, "where")
     assert code == ExitCode.DOES_NOT_FIT
     assert err == "edgepeft: plan: too [large]. Take a smaller model.\n"
@@ -68,7 +67,7 @@ def test_a_bug_says_so_and_shows_its_traceback_only_when_asked(
     def fail(path: object) -> int:
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr(where_command, "_size_bytes", fail)
+    monkeypatch.setattr(paths, "measure_size", fail)
     code, _, err = _run(capsys, monkeypatch, "where")
     assert code == ExitCode.BUG
     assert "internal error: ZeroDivisionError: oops" in err
