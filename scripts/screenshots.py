@@ -8,6 +8,7 @@ driven by its keys. It takes some minutes. --keep leaves that home in FOLDER, an
 
 import argparse
 import asyncio
+import json
 import os
 import re
 import subprocess
@@ -51,7 +52,8 @@ async def until(app, pilot, pattern):
 
 async def write(app, pilot, text):
     """Types a text into what has the focus."""
-    await pilot.press(*("space" if sign == " " else sign for sign in text))
+    named = {" ": "space", "\n": "ctrl+t"}
+    await pilot.press(*(named.get(sign, sign) for sign in text))
 
 
 def keep(app, name):
@@ -64,7 +66,11 @@ def keep(app, name):
 
 async def take():
     """Every screen, as a person comes by."""
+    from edgepeft.demo.tour import demo_files
     from edgepeft_tui.app import EdgepeftApp
+
+    _, held_out = demo_files(0)
+    question = json.loads(held_out.read_text(encoding="utf-8").splitlines()[0])["messages"][0]["content"]
 
     app = EdgepeftApp()
     async with app.run_test(size=SIZE, notifications=True) as pilot:
@@ -83,10 +89,12 @@ async def take():
         await pilot.press("ctrl+o")
         await until(app, pilot, "base")
         await pilot.press("enter")
-        await write(app, pilot, "remaining connection slots are reserved")
+        await write(app, pilot, question)
         await pilot.press("enter")
-        await until(app, pilot, r"(?s)severity.*tok/s")
-        await pilot.pause(20)
+        await until(app, pilot, r'"severity"')
+        # The base says what it wants, until both have ended.
+        await until(app, pilot, r"(?s)[\d.]+ t/s.*[\d.]+ t/s")
+        await pilot.pause(5)
         keep(app, "chat")
         await pilot.press("f6")
         await until(app, pilot, NAME)

@@ -15,10 +15,15 @@ KEYS = {"f2": b"\x1bOQ", "f3": b"\x1bOR", "f4": b"\x1bOS", "space": b" ", "enter
 _ESCAPES = re.compile(rb"\x1b\[[0-9;?<>=]*[a-zA-Z]|\x1b\][^\x07\x1b]*(\x07|\x1b\\)|\x1b[=>]")
 
 
+def _hears_hang_up() -> None:
+    # As in a terminal's shell, also where the tests themselves run under nohup.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 class Terminal:
     """`edgepeft` on a terminal of its own, in a process group of its own; POSIX only."""
 
-    def __init__(self, columns: int = 120, lines: int = 40) -> None:
+    def __init__(self, columns: int = 120, lines: int = 40, *, ignores_hang_up: bool = False) -> None:
         import fcntl
         import pty
         import termios
@@ -31,6 +36,7 @@ class Terminal:
             stdout=follower,
             stderr=follower,
             start_new_session=True,
+            preexec_fn=(lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)) if ignores_hang_up else _hears_hang_up,
             env={**os.environ, "TERM": "xterm-256color"},
         )
         os.close(follower)

@@ -18,6 +18,14 @@ _TABLE = re.compile(
 )
 
 
+_OTHER_TOWERS = re.compile(r"(^|[._])(vision|visual|audio|speech|image|multi_modal|projector|connector)")
+
+
+def in_other_tower(path: str) -> bool:
+    """Whether a module path, or a tensor's name, lies in another part of a larger model than its language model."""
+    return _OTHER_TOWERS.search(path.partition("layers.")[0]) is not None
+
+
 def from_layers(path: str) -> str:
     """A module path from `layers.` on; the whole path where it has none.
 

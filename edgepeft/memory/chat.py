@@ -21,8 +21,10 @@ from edgepeft.models.shape import ModelShape
 from edgepeft.spec import ComputeDtype, Precision
 
 _INT32 = 4
-_CHECKED = 7
-"""Bytes of an entry while it is seen to be finite."""
+_CHECKED = 7 << 20
+"""Bytes at the most while a tensor is seen to be finite, which goes by parts of 2²⁰ entries."""
+_BASE_TABLE = ".base_layer.weight"
+"""The base's own embedding or head, which PEFT writes beside a LoRA of it: it is compared and let go."""
 _LENGTHS_OF_ROWS = 3
 """Of DoRA: those that are trained, those of the base and those of both together."""
 
@@ -33,7 +35,7 @@ class AdapterBytes(msgspec.Struct, frozen=True):
     held: int
     """Once it is there: matrices in the compute dtype, the rest in float32."""
     reading: int
-    """While it is read: the file's tensors, all of them in float32, and what looking for NaN takes in the largest one;
+    """While it is read: the file's tensors, all of them in float32, and what looking for NaN takes;
     without the dense matrix of the base that DoRA and sparse adapters look at, one at a time."""
 
 
@@ -44,8 +46,11 @@ def adapter_bytes(tensors: Iterable[TensorHeader], compute_dtype: ComputeDtype) 
         tensors: of the file.
         compute_dtype: dtype of products.
     """
-    held = reading = largest = 0
+    held = reading = 0
     for tensor in tensors:
+        if tensor.name.endswith(_BASE_TABLE):
+            reading += tensor.size_bytes
+            continue
         if tensor.dtype.startswith(("I", "U")):
             # Places of a sparse adapter; where the file has rows and columns, one number of both is held.
             own = _INT32 * tensor.entries // (2 if len(tensor.shape) == 2 else 1)
@@ -55,9 +60,8 @@ def adapter_bytes(tensors: Iterable[TensorHeader], compute_dtype: ComputeDtype) 
             matrix = len(tensor.shape) > 1 and min(tensor.shape) > 1
             own = ELEMENT_BYTES[compute_dtype] * tensor.entries if matrix else master
         held += own
-        largest = max(largest, tensor.entries)
         reading += tensor.size_bytes + master
-    return AdapterBytes(held, reading + _CHECKED * largest)
+    return AdapterBytes(held, reading + _CHECKED)
 
 
 def formed_head_bytes(settings: Mapping[str, Any], scale: float, shape: ModelShape, compute_dtype: ComputeDtype) -> int:

@@ -82,16 +82,20 @@ def read_file_header(path: Path) -> FileHeader:
             entries = json.loads(file.read(length))
     except OSError as error:
         raise BadInput(f"cannot be read: {error.strerror}", where=str(path), hint=_ANEW) from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise BadInput("its header is damaged", where=str(path), hint=_ANEW) from error
     tensors = []
     end = 0
     try:
         metadata = entries.pop("__metadata__", None)
         for name, entry in entries.items():
-            begin, stop = entry["data_offsets"]
+            (begin, stop), shape, dtype = entry["data_offsets"], tuple(entry["shape"]), entry["dtype"]
+            if any(type(number) is not int or number < 0 for number in (begin, stop, *shape)) or begin > stop:
+                raise ValueError(name)
+            if not isinstance(dtype, str):
+                raise TypeError(name)
             end = max(end, stop)
-            tensors.append(TensorHeader(name, entry["dtype"], tuple(entry["shape"]), stop - begin, begin))
+            tensors.append(TensorHeader(name, dtype, shape, stop - begin, begin))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput("its header is damaged", where=str(path), hint=_ANEW) from error
     if 8 + length + end > size:

@@ -214,3 +214,12 @@ def test_a_lost_run_is_resumed_by_one_key_and_outlives_the_ui_that_resumed_it(
     terminal.kill()
     goes_on(run)
     assert stop(run, 60.0).status == "stopped"
+
+
+def test_a_ui_that_hears_no_hang_up_ends_with_its_terminal() -> None:
+    terminal = Terminal(ignores_hang_up=True)
+    try:
+        terminal.until("Home")
+        assert terminal.hang_up() == 129
+    finally:
+        terminal.kill()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, ClassVar
@@ -80,6 +82,8 @@ class EdgepeftApp(App[str]):
         """
         self.apply_settings()
         self.set_interval(MACHINE_SECONDS, self._look_at_machine)
+        if not self.is_headless and _has_terminal():
+            self.set_interval(MACHINE_SECONDS, _end_without_terminal)
         self.set_interval(SHELVES_SECONDS, self._look_at_shelves)
         self.action_refresh_now()
 
@@ -238,6 +242,19 @@ class EdgepeftApp(App[str]):
             self.exit(
                 f"Stopping after the step that runs: {', '.join(running)}. Resume with: edgepeft runs resume NAME"
             )
+
+
+def _has_terminal() -> bool:
+    return sys.__stdin__ is not None and os.isatty(sys.__stdin__.fileno())
+
+
+def _end_without_terminal() -> None:
+    """Ends the program when its terminal is gone and no signal said so, as under nohup.
+
+    At once, since leaving in good order would draw; runs go on by themselves, conversations are kept as they are held.
+    """
+    if not _has_terminal():
+        os._exit(128 + 1)
 
 
 def run_app() -> None:

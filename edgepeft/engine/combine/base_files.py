@@ -22,7 +22,7 @@ from edgepeft.engine.model.checkpoint import dense_values, four_bit_weight
 from edgepeft.engine.model.frozen import FrozenWeight, Int8Weight, Workspace, bitsandbytes_functional
 from edgepeft.engine.model.safetensors_stream import DTYPE_NAMES
 from edgepeft.errors import BadInput
-from edgepeft.library.tensors import from_layers
+from edgepeft.library.tensors import from_layers, in_other_tower
 from edgepeft.models.headers import TensorHeader, read_file_header, weight_files
 from edgepeft.models.source_folder import read_json
 from edgepeft.models.store import ModelEntry
@@ -37,7 +37,6 @@ _COMPANIONS = re.compile(
     r"\.(weight\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)"
     r"|SCB|weight_format|weight_scale_inv|activation_scale|input_scale)$"
 )
-_OTHER_TOWERS = re.compile(r"(^|[._])(vision|visual|audio|speech|image)")
 
 
 class _Place(NamedTuple):
@@ -197,7 +196,7 @@ def locate(paths: Iterable[str], names: Iterable[str], where: str) -> dict[str, 
     known = list(names)
     by_ending: dict[str, list[str]] = {}
     for name in known:
-        if not _OTHER_TOWERS.search(name.partition("layers.")[0]):
+        if not in_other_tower(name):
             by_ending.setdefault(_ending(name), []).append(name)
     exact = set(known)
     found = {}

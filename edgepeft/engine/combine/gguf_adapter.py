@@ -91,6 +91,8 @@ class GgufLora:
                 hint="Name the base that it was trained on with --base",
             )
         self._alpha = gguf_value(reader, Keys.Adapter.LORA_ALPHA)
+        if self._alpha is not None and not isinstance(self._alpha, int | float):
+            raise BadInput("its alpha is no number", where=self._where, hint=_ANEW)
         self._names = TensorNames(config)
         paths = {self._names.find(f"{module}.weight"): module for module in shapes}
         self._found: dict[str, dict[str, ReaderTensor]] = {}

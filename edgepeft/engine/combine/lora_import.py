@@ -20,7 +20,7 @@ from edgepeft.engine.training.device import package_versions
 from edgepeft.errors import BadInput
 from edgepeft.library.lora_file import Imported, ImportRequest
 from edgepeft.library.peft_config import PEFT_PREFIX
-from edgepeft.library.tensors import from_layers
+from edgepeft.library.tensors import from_layers, in_other_tower
 from edgepeft.models.source_folder import read_json
 from edgepeft.models.store import find_model
 from edgepeft.processes import Progress
@@ -117,7 +117,7 @@ def _in_base(path: str, shapes: Mapping[str, tuple[int, int]], pair: NamedPair, 
     if path in shapes:
         return path
     others = [known for known in shapes if from_layers(known) == from_layers(path)]
-    if len(others) != 1:
+    if len(others) != 1 or in_other_tower(path):
         names = ", ".join(sorted({known.rsplit(".", 1)[-1] for known in shapes}))
         raise BadInput(
             f"tensor {pair.a_key} fits no linear of {base}'s layers",
@@ -185,7 +185,7 @@ def _check_pair(path: str, A: Tensor, B: Tensor, shape: tuple[int, int], where: 
             where=where,
             hint=_ANEW,
         )
-    if not bool(torch.isfinite(A).all() and torch.isfinite(B).all()):
+    if not all(bool(torch.isfinite(matrix.float()).all()) for matrix in (A, B)):
         raise BadInput(f"its update of {path} holds values that are not finite numbers", where=where, hint=_ANEW)
 
 

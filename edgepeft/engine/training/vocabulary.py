@@ -42,7 +42,8 @@ def check_vocabulary(loaded: LoadedModel, table: TokenTable, recipe: Recipe) -> 
         recipe: of the run.
 
     Returns:
-        What a person should know of ordinary ones, in a clause; empty where there are none.
+        What a person should know of ordinary ones, or of any where only the embedding is trained, in a clause; empty
+        where there are none.
 
     Raises:
         BadInput: naming the tokens and what trains them.
@@ -57,13 +58,20 @@ def check_vocabulary(loaded: LoadedModel, table: TokenTable, recipe: Recipe) -> 
             hint="Use the tokenizer that belongs to the model's weights",
         )
     method = method_of(recipe.method)
-    if method.trains_tables(recipe.method) or method.table_terms(recipe.method).embedding_rank:
+    ranks = method.table_terms(recipe.method)
+    if method.trains_tables(recipe.method) or (ranks.embedding_rank and ranks.head_rank):
         return ""
     ids = torch.from_numpy(found).to(own.device)
     untrained = ids[never_trained(own, ids)].tolist()
     if not untrained:
         return ""
     tokenizer = _tokenizer(loaded)
+    if ranks.embedding_rank:
+        # What is only read needs no more; what is to be written has a row of the head that nothing moves.
+        return (
+            f"the data uses tokens that were never trained, which the output head cannot tell apart: "
+            f"{_named(tokenizer, untrained)}; with lm_head among the targets it learns to write them"
+        )
     added = [token for token in untrained if token in tokenizer.added_ids]
     kind = "an added token" if len(added) == 1 else "added tokens"
     if added:
