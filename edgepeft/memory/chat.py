@@ -21,8 +21,10 @@ from edgepeft.models.shape import ModelShape
 from edgepeft.spec import ComputeDtype, Precision
 
 _INT32 = 4
-_CHECKED = 7 << 20
-"""Bytes at the most while a tensor is seen to be finite, which goes by parts of 2²⁰ entries."""
+_CHECKED = 7
+"""Bytes of an entry while it is seen to be finite."""
+_CHECKED_ENTRIES = 1 << 20
+"""Entries that are looked at together, at the most."""
 _BASE_TABLE = ".base_layer.weight"
 """The base's own embedding or head, which PEFT writes beside a LoRA of it: it is compared and let go."""
 _LENGTHS_OF_ROWS = 3
@@ -46,7 +48,7 @@ def adapter_bytes(tensors: Iterable[TensorHeader], compute_dtype: ComputeDtype) 
         tensors: of the file.
         compute_dtype: dtype of products.
     """
-    held = reading = 0
+    held = reading = largest = 0
     for tensor in tensors:
         if tensor.name.endswith(_BASE_TABLE):
             reading += tensor.size_bytes
@@ -60,8 +62,9 @@ def adapter_bytes(tensors: Iterable[TensorHeader], compute_dtype: ComputeDtype) 
             matrix = len(tensor.shape) > 1 and min(tensor.shape) > 1
             own = ELEMENT_BYTES[compute_dtype] * tensor.entries if matrix else master
         held += own
+        largest = max(largest, tensor.entries)
         reading += tensor.size_bytes + master
-    return AdapterBytes(held, reading + _CHECKED)
+    return AdapterBytes(held, reading + _CHECKED * min(largest, _CHECKED_ENTRIES))
 
 
 def formed_head_bytes(settings: Mapping[str, Any], scale: float, shape: ModelShape, compute_dtype: ComputeDtype) -> int:
