@@ -16,7 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-TARGET = Path(__file__).resolve().parents[1] / "docs" / "screenshots"
+ROOT = Path(__file__).resolve().parents[1]
+TARGET = ROOT / "docs" / "screenshots"
 SIZE = (120, 36)
 NAME = "db-triage"
 STEPS = 60
@@ -59,9 +60,9 @@ async def write(app, pilot, text):
 def keep(app, name):
     TARGET.mkdir(parents=True, exist_ok=True)
     picture = app.export_screenshot(title="edgepeft")
-    # No folder of this machine is shown; what stands for it is as long, for the lines were measured.
-    home = os.environ["EDGEPEFT_HOME"]
-    picture = picture.replace(home, ("/home/me/peft" + "-home" * len(home))[: len(home)])
+    # No folder of this machine is shown; what stands for one is as long, for the lines were measured.
+    for place, name in ((os.environ["EDGEPEFT_HOME"], "/home/me/peft"), (str(ROOT), "/home/me/edgepeft")):
+        picture = picture.replace(place, (name + "-home" * len(place))[: len(place)])
     # Names that differ from one rendering to the next would change the files for nothing.
     (TARGET / f"{name}.svg").write_text(re.sub(r"terminal-\d+", "terminal", picture), encoding="utf-8")
     print(f"wrote docs/screenshots/{name}.svg", flush=True)
